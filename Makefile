@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+OCCULT := $(VENV)/bin/occult
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help setup train test test-slow lint check-tools clean
+
+help:
+	@echo "make train      set up, train the demo model, export it, report"
+	@echo "make test       set up, lint, run the tests"
+	@echo "make test-slow  the tests that take minutes"
+
+check-tools:
+	@missing=""; \
+	for t in git g++ $(PYTHON); do command -v $$t >/dev/null || missing="$$missing $$t"; done; \
+	if [ -z "$$missing" ]; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || missing="$$missing python>=3.11(found:$$($(PYTHON) -V 2>&1 | cut -d" " -f2))"; \
+	  $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	  $(PYTHON) -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null || missing="$$missing python3-dev"; \
+	fi; \
+	if [ -n "$$missing" ]; then \
+	  echo "missing:$$missing"; \
+	  echo "on Debian or Ubuntu: sudo apt-get install -y make git g++ python3-venv python3-dev"; exit 2; \
+	fi
+
+$(VENV)/.installed: setup.py constraints.txt | check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed
+
+train: setup
+	$(OCCULT) demo
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+test-slow: setup
+	$(VENV)/bin/python -m pytest -m slow
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

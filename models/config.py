@@ -1,0 +1,149 @@
+"""Shape of a GPT mixture-of-experts model, and what follows from it: parameter and FLOP counts.
+
+Field names are those of transformers' configs, so that a table can map one to the other.
+"""
+
+from dataclasses import dataclass, field
+
+from occult_train.errors import ConfigError
+
+QK_NORMS = ("none", "full", "head")
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer; every layer is a mixture of experts except `dense_layers`."""
+
+    vocab_size: int = 0
+    """Rows of the embedding. 0 takes the tokenizer's size, padded to a multiple of 64."""
+    hidden_size: int = 2048
+    intermediate_size: int = 1024
+    """Hidden width F of one routed expert (SwiGLU: three matrices of hidden_size x F)."""
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0
+    """Grouped-query attention. 0 means as many as attention heads."""
+    head_dim: int = 0
+    """0 means hidden_size / num_attention_heads."""
+    qk_norm: str = "full"
+    """RMSNorm on queries and keys: none, full (over all heads together, OLMoE) or head (each head, Qwen3)."""
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    norm_topk_prob: bool = False
+    """Divide the chosen experts' probabilities by their sum."""
+    shared_expert_intermediate_size: int = 0
+    """Width of an expert that every token passes beside the routed ones. 0 means none."""
+    shared_expert_gate: bool = False
+    """Scale the shared expert's output by a learned sigmoid of the token."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Layers (from 0) with a plain SwiGLU MLP in place of experts."""
+    dense_intermediate_size: int = 0
+    """Width of the MLP in `dense_layers`."""
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads with the default resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        """Width of one attention head with the default resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers with routed experts, ascending."""
+        return [i for i in range(self.num_hidden_layers) if i not in self.dense_layers]
+
+    def validate(self) -> None:
+        """Raise ConfigError for a shape that cannot be built; vocab_size 0 is allowed (not resolved yet)."""
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0:
+            raise ConfigError(f"model.vocab_size={self.vocab_size} must not be negative")
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} is not divisible by "
+                f"model.num_attention_heads={self.num_attention_heads}; change one or set model.head_dim"
+            )
+        if self.dim_per_head % 2:
+            raise ConfigError(f"model.head_dim={self.dim_per_head} must be even (rotary embedding)")
+        if self.num_attention_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"model.num_key_value_heads={self.kv_heads}"
+            )
+        if self.qk_norm not in QK_NORMS:
+            raise ConfigError(f"model.qk_norm={self.qk_norm} is not one of {', '.join(QK_NORMS)}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
+                f"model.num_experts={self.num_experts}"
+            )
+        wrong = [i for i in self.dense_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ConfigError(
+                f"model.dense_layers={self.dense_layers} names layer {wrong[0]}, "
+                f"but model.num_hidden_layers={self.num_hidden_layers}"
+            )
+        if self.dense_layers and self.dense_intermediate_size < 1:
+            raise ConfigError(
+                f"model.dense_layers={self.dense_layers} needs model.dense_intermediate_size, "
+                f"which is {self.dense_intermediate_size}"
+            )
+        if self.shared_expert_gate and not self.shared_expert_intermediate_size:
+            raise ConfigError("model.shared_expert_gate=true needs model.shared_expert_intermediate_size, which is 0")
+        if not self.moe_layers:
+            raise ConfigError(f"model.dense_layers={self.dense_layers} leaves no layer with experts")
+
+    def _attention_params(self) -> int:
+        q, kv = self.num_attention_heads * self.dim_per_head, self.kv_heads * self.dim_per_head
+        norm = {"none": 0, "full": q + kv, "head": 2 * self.dim_per_head}[self.qk_norm]
+        return self.hidden_size * (2 * q + 2 * kv) + norm
+
+    def _layer_params(self, layer: int, experts: int) -> int:
+        """Parameters of one layer, counting `experts` of its routed experts."""
+        h = self.hidden_size
+        common = self._attention_params() + 2 * h
+        if layer in self.dense_layers:
+            return common + 3 * h * self.dense_intermediate_size
+        shared = 3 * h * self.shared_expert_intermediate_size + (h if self.shared_expert_gate else 0)
+        return common + h * self.num_experts + shared + 3 * h * self.intermediate_size * experts
+
+    def _count(self, experts: int) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        layers = sum(self._layer_params(i, experts) for i in range(self.num_hidden_layers))
+        return embeddings + layers + self.hidden_size
+
+    def num_params(self) -> int:
+        """Parameters of the whole model, over all ranks."""
+        return self._count(self.num_experts)
+
+    def active_params(self) -> int:
+        """Parameters that one token passes: as `num_params`, with num_experts_per_tok experts a layer."""
+        return self._count(self.num_experts_per_tok)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of the matrix products in one token's forward pass; training costs three times that.
+
+        Attention counts all sequence_length keys, causal or not (the convention of PaLM's appendix B and of torch's
+        FLOP counter). Norms, rotations, softmax and embedding look-ups are not counted.
+        """
+        h, q, kv = (
+            self.hidden_size,
+            self.num_attention_heads * self.dim_per_head,
+            self.kv_heads * self.dim_per_head,
+        )
+        attention = h * (2 * q + 2 * kv) + 2 * q * sequence_length
+        dense = 3 * h * self.dense_intermediate_size
+        moe = h * self.num_experts + 3 * h * self.intermediate_size * self.num_experts_per_tok
+        moe += 3 * h * self.shared_expert_intermediate_size + (h if self.shared_expert_gate else 0)
+        layers = self.num_hidden_layers * attention
+        layers += len(self.dense_layers) * dense + len(self.moe_layers) * moe
+        return 2 * (layers + h * self.vocab_size)

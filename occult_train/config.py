@@ -1,0 +1,335 @@
+"""The configuration of a run: dataclasses, and the one place where OmegaConf is used.
+
+YAML files are merged left to right, then dotted overrides: `load(["base.yaml", "mine.yaml", "train.steps=100"])`.
+Unknown keys, wrong types and impossible combinations raise ConfigError with the path and the values.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from occult_train.errors import ConfigError
+from occult_train.models.config import ModelConfig
+
+DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
+BALANCES = ("aux_loss", "bias", "none")
+SCOPES = ("micro_batch", "global_batch")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear", "constant")
+CHECKPOINTING = ("none", "selective")
+
+
+@dataclass
+class MoEConfig:
+    """How the experts are reached and kept balanced. None of it but the balancing changes results."""
+
+    dispatcher: str = "auto"
+    """local (all experts on this rank), all_to_all (K copies of a token), dedup (one copy per device), or auto:
+    local when parallel.expert is 1, else dedup."""
+    placement: str = "contiguous"
+    """contiguous, or a JSON file made by `occult place` or by hand: which expert lives in which slot."""
+    balance: str = "aux_loss"
+    """aux_loss (Switch Transformer), bias (loss-free, a bias on the scores that choose) or none."""
+    aux_loss_coef: float = 0.01
+    aux_loss_scope: str = "micro_batch"
+    """Loads are counted over a rank's micro_batch, or over the global_batch so far: all ranks and accumulation steps."""
+    z_loss_coef: float = 0.001
+    bias_update_rate: float = 0.001
+    """Step of the balancing bias after each optimizer step (balance=bias)."""
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the model. All ranks are data parallel; `expert` of them share one set of experts."""
+
+    expert: int = 1
+    """Expert-parallel size: ranks over which the experts of a layer are spread."""
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: int = 1
+    """0 nothing sharded, 1 optimizer states, 2 and gradients, 3 and parameters."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch and arithmetic of the run."""
+
+    steps: int = 1000
+    global_batch_size: int = 256
+    """Sequences per optimizer step over all ranks. Accumulation follows from it: global / (micro * ranks)."""
+    micro_batch_size: int = 1
+    """Sequences a rank computes at a time."""
+    precision: str = "bf16"
+    """fp32, bf16 or fp16 (the last two with fp32 master weights)."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    activation_checkpointing: str = "none"
+    """selective recomputes attention, norms and experts in backward; routing and received rows are kept, so nothing is
+    routed or sent twice."""
+    seed: int = 1234
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Matrices are decayed; norms and embeddings are not."""
+
+    lr: float = 4e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class SchedulerConfig:
+    """Learning rate over steps: linear warm-up, then the named decay to min_lr_ratio * lr at train.steps."""
+
+    name: str = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+
+
+@dataclass
+class DataConfig:
+    """What is trained on."""
+
+    path: str = ""
+    """A folder made by `occult prepare`, or the prefix of a Megatron .bin/.idx pair."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Several corpora and their weights, in place of `path`."""
+    valid_path: str = ""
+    """Held-out text. Empty takes the corpus folder's own."""
+    tokenizer: str = ""
+    """Tokenizer file of a corpus that is a bare .bin/.idx pair."""
+    sequence_length: int = 2048
+    mask_documents: bool = False
+    """Keep attention and positions inside a document."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out loss during training."""
+
+    interval: int = 500
+    """Steps between evaluations; 0 evaluates at the end alone."""
+    batches: int = 16
+    """Micro-batches a rank computes in one evaluation."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    interval: int = 500
+    """Steps between checkpoints; 0 saves at the end alone."""
+    keep: int = 2
+    """Complete checkpoints to keep; older ones are removed. 0 keeps all."""
+    resume: str = "auto"
+    """auto continues the latest checkpoint of the output folder, none starts anew, or a checkpoint's path."""
+
+
+@dataclass
+class MonitorConfig:
+    """What is written down while training."""
+
+    interval: int = 10
+    """Steps between log lines and TensorBoard points."""
+    histogram_interval: int = 100
+    """Steps between expert-load histograms; 0 for none."""
+
+
+@dataclass
+class Config:
+    """Everything a run needs."""
+
+    output: str = "runs/default"
+    """Folder of the run: checkpoints, TensorBoard, the resolved config, logs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings (communication, offload). Those that this config owns or that break experts are
+    refused."""
+
+    def dispatcher(self) -> str:
+        """The dispatcher with `auto` resolved."""
+        if self.moe.dispatcher != "auto":
+            return self.moe.dispatcher
+        return "local" if self.parallel.expert == 1 else "dedup"
+
+    def accumulation_steps(self, ranks: int) -> int:
+        """Micro-batches per optimizer step on `ranks` ranks.
+
+        Raises:
+            ConfigError: the global batch is not a multiple of micro_batch_size * ranks.
+        """
+        micro = self.train.micro_batch_size * ranks
+        if self.train.global_batch_size % micro:
+            raise ConfigError(
+                f"train.global_batch_size={self.train.global_batch_size} is not divisible by "
+                f"train.micro_batch_size={self.train.micro_batch_size} times {ranks} ranks"
+            )
+        return self.train.global_batch_size // micro
+
+    def validate(self) -> None:
+        """Raise ConfigError for values that no machine could run. `validate_ranks` checks what depends on ranks."""
+        self.model.validate()
+        _one_of("moe.dispatcher", self.moe.dispatcher, DISPATCHERS)
+        _one_of("moe.balance", self.moe.balance, BALANCES)
+        _one_of("moe.aux_loss_scope", self.moe.aux_loss_scope, SCOPES)
+        _one_of("train.precision", self.train.precision, PRECISIONS)
+        _one_of("train.activation_checkpointing", self.train.activation_checkpointing, CHECKPOINTING)
+        _one_of("scheduler.name", self.scheduler.name, SCHEDULES)
+        _one_of("zero.stage", self.zero.stage, (0, 1, 2, 3))
+        for path in (
+            "parallel.expert",
+            "train.steps",
+            "train.global_batch_size",
+            "train.micro_batch_size",
+            "data.sequence_length",
+            "monitor.interval",
+        ):
+            _at_least(path, _get(self, path), 1)
+        for path in (
+            "moe.aux_loss_coef",
+            "moe.z_loss_coef",
+            "moe.bias_update_rate",
+            "train.gradient_clipping",
+            "optimizer.lr",
+            "optimizer.eps",
+            "optimizer.weight_decay",
+            "scheduler.warmup_steps",
+            "eval.interval",
+            "eval.batches",
+            "checkpoint.interval",
+            "checkpoint.keep",
+            "monitor.histogram_interval",
+        ):
+            _at_least(path, _get(self, path), 0)
+        if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
+            raise ConfigError(f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1)")
+        if not 0 <= self.scheduler.min_lr_ratio <= 1:
+            raise ConfigError(f"scheduler.min_lr_ratio={self.scheduler.min_lr_ratio} must lie between 0 and 1")
+        if self.model.num_experts % self.parallel.expert:
+            raise ConfigError(
+                f"model.num_experts={self.model.num_experts} is not divisible by parallel.expert={self.parallel.expert}"
+            )
+        if self.moe.dispatcher == "local" and self.parallel.expert > 1:
+            raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {self.parallel.expert}")
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.data.path and self.data.blend:
+            raise ConfigError(f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given")
+
+    def validate_ranks(self, ranks: int) -> None:
+        """Raise ConfigError for what cannot run on `ranks` ranks."""
+        if ranks % self.parallel.expert:
+            raise ConfigError(f"{ranks} ranks are not divisible by parallel.expert={self.parallel.expert}")
+        self.accumulation_steps(ranks)
+
+
+def load(arguments: list[str]) -> Config:
+    """Build a validated Config from YAML files and `path=value` overrides, later ones winning.
+
+    Args:
+        arguments: as typed, e.g. `["configs/demo.yaml", "train.steps=20"]`; files end in .yaml or .yml.
+    """
+    try:
+        merged = OmegaConf.structured(Config)
+        for argument in arguments:
+            merged = OmegaConf.merge(merged, _read(argument))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from None
+    assert isinstance(config, Config)
+    config.validate()
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load` reads back to the same Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read(argument: str) -> Any:
+    if argument.endswith((".yaml", ".yml")) and "=" not in argument:
+        path = Path(argument)
+        if not path.is_file():
+            raise ConfigError(f"config file {argument} does not exist")
+        try:
+            loaded = OmegaConf.load(path)
+        except OmegaConfBaseException:
+            raise
+        except Exception as error:  # yaml raises several unrelated classes
+            raise ConfigError(f"config file {argument} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"config file {argument} must hold keys and values")
+        return loaded
+    key, equals, _ = argument.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"argument {argument!r} is neither a .yaml file nor an override like train.steps=100")
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:
+        raise ConfigError(f"override {argument!r} is not valid: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """One line for an OmegaConf error: the path, what is wrong, and the nearest known key if one is close."""
+    path = str(getattr(error, "full_key", "") or "")
+    known = list(_paths(Config))
+    message = " ".join(str(getattr(error, "msg", None) or error).split("full_key:")[0].split())
+    if path and path not in known and not any(path.startswith(f"{k}.") for k in ("data.blend", "deepspeed")):
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        leaf = path.rsplit(".", 1)[-1]
+        near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+        return f"unknown setting {path}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{path}: {message}" if path else message
+
+
+def _paths(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted path of a config dataclass, sections included."""
+    paths = []
+    for f in dataclasses.fields(cls):
+        paths.append(prefix + f.name)
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            paths += _paths(f.type, f"{prefix}{f.name}.")
+    return paths
+
+
+def _get(config: Config, path: str) -> Any:
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _one_of(path: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{path}={value} is not one of {', '.join(map(str, allowed))}{hint}")
+
+
+def _at_least(path: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{path}={value} must be at least {low}")
