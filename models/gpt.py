@@ -1,0 +1,167 @@
+"""A decoder-only transformer with mixture-of-experts layers. B batch, S sequence, H width, V vocabulary."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from occult_train.models.attention import Attention, Positions, positions
+from occult_train.models.config import ModelConfig
+from occult_train.models.norm import RMSNorm
+from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
+from occult_train.moe.losses import Balancer, LayerRouting
+from occult_train.moe.placement import Placement
+from occult_train.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the model runs, as opposed to what it is."""
+
+    grid: Grid = field(default_factory=Grid)
+    dispatcher: str = "local"
+    placements: dict[int, Placement] = field(default_factory=dict)
+    """By layer; layers not named are contiguous."""
+    selective_checkpointing: bool = False
+    balance: str = "none"
+    aux_loss_coef: float = 0.0
+    aux_loss_scope: str = "micro_batch"
+    z_loss_coef: float = 0.0
+    bias_update_rate: float = 0.0
+
+
+class Block(nn.Module):
+    """Pre-norm block: h + attention(norm(h)), then h + experts(norm(h)) or h + mlp(norm(h)).
+
+    Under selective checkpointing attention, norms, router logits and experts are recomputed in backward, each on its
+    own; the choice of experts and the exchanged rows lie between them and are kept.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, runtime: Runtime) -> None:
+        super().__init__()
+        self.recompute = runtime.selective_checkpointing
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: SwiGLU | None = None
+        self.moe: MoELayer | None = None
+        if layer in config.dense_layers:
+            self.mlp = SwiGLU(config.hidden_size, config.dense_intermediate_size)
+        else:
+            placement = runtime.placements.get(layer) or Placement.contiguous(config.num_experts)
+            self.moe = MoELayer(_moe_options(config, runtime), runtime.grid, placement)
+
+    def forward(self, h: Tensor, at: Positions) -> tuple[Tensor, LayerRouting | None]:
+        """[B, S, H] -> [B, S, H] and the layer's routing if it has experts."""
+        h = h + self._run(self._attend, h, at)
+        if self.moe is None:
+            return h + self._run(self._dense, h), None
+        x, logits_TE = self._run(self._route, h)
+        y, routing = self.moe(x, logits_TE)
+        return h + y, routing
+
+    def _attend(self, h: Tensor, at: Positions) -> Tensor:
+        return self.attention(self.attention_norm(h), at)
+
+    def _dense(self, h: Tensor) -> Tensor:
+        assert self.mlp is not None
+        return self.mlp(self.mlp_norm(h))
+
+    def _route(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.moe is not None
+        x = self.mlp_norm(h)
+        return x, self.moe.router(x.flatten(0, 1))
+
+    def _run(self, function: Any, *inputs: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Detached parts of one forward's loss, for the log."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, norm and head."""
+
+    def __init__(self, config: ModelConfig, runtime: Runtime | None = None) -> None:
+        super().__init__()
+        runtime = runtime or Runtime()
+        self.config, self.runtime = config, runtime
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i, runtime) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.balancer = Balancer(runtime.balance, runtime.aux_loss_scope, runtime.bias_update_rate)
+        self.last_losses: Losses | None = None
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The layers with experts, by index."""
+        return {i: block.moe for i, block in enumerate(self.layers) if block.moe is not None}
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """Logits, or the loss if labels are given.
+
+        Args:
+            input_ids: [B, S] int64.
+            labels: [B, S] int64, the token that follows each position; -100 is not counted.
+            document_ids: [B, S] int64; positions with different ids do not see each other.
+
+        Returns:
+            logits [B, S, V], or a scalar: mean cross-entropy in nats, and in training the weighted balancing losses.
+        """
+        at = positions(self.config, input_ids, document_ids)
+        h = self.embed_tokens(input_ids)
+        routings = []
+        for block in self.layers:
+            h, routing = block(h, at)
+            if routing is not None:
+                routings.append(routing)
+        logits = self.lm_head(self.norm(h))
+        return logits if labels is None else self._loss(logits, labels, routings)
+
+    def _loss(self, logits: Tensor, labels: Tensor, routings: list[LayerRouting]) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cross_entropy = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        if not self.training:
+            return cross_entropy
+        balance, z = self.balancer.losses(routings)
+        self.last_losses = Losses(cross_entropy.detach(), balance.detach(), z.detach())
+        loss = cross_entropy + self.runtime.z_loss_coef * z
+        if self.runtime.balance == "aux_loss":
+            loss = loss + self.runtime.aux_loss_coef * balance
+        return loss
+
+    @torch.no_grad()
+    def finish_step(self) -> Tensor:
+        """After an optimizer step: update balancing biases. Returns expert loads [Lm, E] of the step, over all ranks."""
+        counts = self.balancer.finish_step()
+        for layer, counts_E in zip(self.moe_layers().values(), counts, strict=True):
+            bias = layer.router.expert_bias
+            bias.copy_(self.balancer.updated_bias(bias, counts_E))
+        return counts
+
+
+def _moe_options(config: ModelConfig, runtime: Runtime) -> MoEOptions:
+    return MoEOptions(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        normalise=config.norm_topk_prob,
+        shared_intermediate=config.shared_expert_intermediate_size,
+        shared_gate=config.shared_expert_gate,
+        dispatcher=runtime.dispatcher,
+        recompute=runtime.selective_checkpointing,
+    )

@@ -1,0 +1,177 @@
+"""From our Config to a DeepSpeed engine, refusing what DeepSpeed would compute wrongly with experts."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from occult_train.config import Config
+from occult_train.errors import ConfigError
+from occult_train.models.gpt import GPT, Runtime
+from occult_train.models.init import init_weights
+from occult_train.moe.placement import resolve
+from occult_train.parallel.grid import Grid
+
+_OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "data_types": "train.precision",
+    "zero_optimization.stage": "zero.stage",
+    "tensorboard": "monitor",
+    "expert_parallel": "parallel.expert",
+}
+_WRONG = {
+    "zero_optimization.round_robin_gradients": "maps optimizer states to the wrong parameters when they are saved",
+    "zero_optimization.reduce_scatter": "must stay true with experts",
+    "zero_optimization.contiguous_gradients": "must stay true with experts",
+    "zero_optimization.zero_hpz_partition_size": "is not supported by DeepSpeed with experts",
+    "zero_optimization.zero_quantized_gradients": "is not supported by DeepSpeed with experts",
+}
+_ALLOWED = {
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "csv_monitor",
+    "wandb",
+    "comet",
+    "communication_data_type",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+}
+
+
+def check_deepspeed(config: Config) -> None:
+    """Refuse what would be wrong: settings of the `deepspeed` section, and stages in a precision they cannot hold.
+
+    Raises:
+        ConfigError: names the setting and why.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.deepspeed.items():
+        if key == "zero_optimization" and isinstance(value, dict):
+            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[key] = value
+    for key, value in flat.items():
+        path = f"deepspeed.{key}={value}"
+        if key in _OWNED:
+            raise ConfigError(f"{path} is set by {_OWNED[key]}; use that")
+        if key in _WRONG:
+            raise ConfigError(f"{path} {_WRONG[key]}")
+        if key not in _ALLOWED:
+            raise ConfigError(f"{path} has not been checked with expert parallelism and is refused")
+    if config.zero.stage == 0 and config.train.precision != "fp32":
+        raise ConfigError(
+            f"zero.stage=0 with train.precision={config.train.precision}: DeepSpeed keeps no fp32 master weights with "
+            "experts there; use zero.stage=1, or train.precision=fp32"
+        )
+
+
+def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `config` on `ranks` ranks."""
+    extra = {k: v for k, v in config.deepspeed.items() if k != "zero_optimization"}
+    zero = {"stage": config.zero.stage, **config.deepspeed.get("zero_optimization", {})}
+    adam = {
+        "lr": config.optimizer.lr,
+        "betas": list(config.optimizer.betas),
+        "eps": config.optimizer.eps,
+        "weight_decay": config.optimizer.weight_decay,
+        "torch_adam": True,
+    }
+    if torch.cuda.is_available():
+        adam["fused"] = True
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(ranks),
+        # at stage 0 DeepSpeed's own clipping is wrong with experts; the trainer clips
+        "gradient_clipping": config.train.gradient_clipping if config.zero.stage else 0.0,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+        **extra,
+    }
+    if config.train.precision == "bf16":
+        result |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif config.train.precision == "fp16":
+        result |= {"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return result
+
+
+def runtime(config: Config, grid: Grid) -> Runtime:
+    """How the model of `config` runs on this rank."""
+    return Runtime(
+        grid=grid,
+        dispatcher=config.dispatcher(),
+        placements=resolve(config.moe.placement, config.model.moe_layers, config.model.num_experts),
+        selective_checkpointing=config.train.activation_checkpointing == "selective",
+        balance=config.moe.balance,
+        aux_loss_coef=config.moe.aux_loss_coef,
+        aux_loss_scope=config.moe.aux_loss_scope,
+        z_loss_coef=config.moe.z_loss_coef,
+        bias_update_rate=config.moe.bias_update_rate,
+    )
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether AdamW decays the parameter: matrices do, norms and the embedding do not."""
+    return parameter.dim() >= 2 and not name.startswith("embed_tokens")
+
+
+def build_engine(config: Config, grid: Grid, model: GPT | None = None, tensorboard: Path | None = None) -> Any:
+    """Build the model (unless given) with initial weights, and DeepSpeed's engine around it. Collective."""
+    check_deepspeed(config)
+    if model is None:
+        with torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"):
+            model = GPT(config.model, runtime(config, grid))
+        init_weights(model, config.train.seed)
+    named = list(model.named_parameters())
+    parameters = [
+        {"name": "decay", "params": [p for n, p in named if decays(n, p)]},
+        {"name": "no_decay", "params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    settings = deepspeed_config(config, grid.world_size)
+    if tensorboard is not None:
+        settings["tensorboard"] = {
+            "enabled": True,
+            "output_path": str(tensorboard.parent),
+            "job_name": tensorboard.name,
+        }
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=settings)[0]
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the decay of scheduler.name."""
+    peak, warmup = config.optimizer.lr, config.scheduler.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, config.train.steps - warmup))
+    shape = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "constant": 1.0,
+    }[config.scheduler.name]
+    floor = config.scheduler.min_lr_ratio
+    return peak * (floor + (1 - floor) * shape)
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Give every parameter group of the engine's optimizer this rate."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

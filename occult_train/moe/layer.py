@@ -1,0 +1,135 @@
+"""The mixture-of-experts layer: router, placement, dispatch, experts, combine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from occult_train.moe.dispatch import make_dispatcher
+from occult_train.moe.experts import Experts
+from occult_train.moe.losses import LayerRouting
+from occult_train.moe.placement import Placement
+from occult_train.moe.router import Router, Routing
+from occult_train.parallel.grid import Grid
+from occult_train.parallel.zero import ExpertParallelLayer
+
+
+@dataclass(frozen=True)
+class MoEOptions:
+    """Shape and options of a layer."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    normalise: bool = False
+    shared_intermediate: int = 0
+    shared_gate: bool = False
+    dispatcher: str = "local"
+    recompute: bool = False
+    """Recompute experts in backward from the received rows, which are kept; nothing is routed or sent again."""
+
+
+@dataclass(frozen=True)
+class Collaboration:
+    """How far one micro-batch's tokens spread over devices (Occult's C_T and collaborations)."""
+
+    tokens: int
+    devices: Tensor
+    """Sum over tokens of |devices(t)|; divided by tokens it is C_T."""
+    intra_share: Tensor
+    """Share of the pairs of experts of one token that live on one device."""
+
+
+class SwiGLU(nn.Module):
+    """w2 (silu(w1 x) * w3 x), without biases."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(hidden, intermediate, bias=False)
+        self.w2 = nn.Linear(intermediate, hidden, bias=False)
+        self.w3 = nn.Linear(hidden, intermediate, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MoELayer(ExpertParallelLayer):
+    """Routed experts spread over an expert-parallel group, and an optional shared expert.
+
+    A token's way: 1 router, 2 placement, 3 dispatch, 4 experts, 5 combine, 6 shared expert.
+    """
+
+    expert_to_slot: Tensor
+
+    def __init__(self, options: MoEOptions, grid: Grid, placement: Placement) -> None:
+        super().__init__(grid, options.experts, placement.by_device(grid.expert_size))
+        self.options, self.placement = options, placement
+        self.router = Router(options.hidden, options.experts, options.top_k, options.normalise)
+        self.experts = Experts(self.num_local_experts, options.hidden, options.intermediate)
+        self.shared_expert = (
+            SwiGLU(options.hidden, options.shared_intermediate) if options.shared_intermediate else None
+        )
+        self.shared_expert_gate = nn.Linear(options.hidden, 1, bias=False) if options.shared_gate else None
+        self.register_buffer("expert_to_slot", torch.tensor(placement.expert_to_slot), persistent=False)
+        self.dispatcher = make_dispatcher(options.dispatcher, grid, self.num_local_experts)
+        self.collect_collaboration = False
+        self.collaboration: Collaboration | None = None
+        self.tag(self.experts)
+
+    def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
+        """Apply the experts.
+
+        Args:
+            x: [..., H] normed hidden states.
+            logits_TE: `self.router(x)` over all leading positions if it was computed already.
+
+        Returns:
+            output of x's shape, and what the balancing losses need.
+        """
+        x_TH = x.reshape(-1, x.shape[-1])
+        logits_TE = self.router(x_TH) if logits_TE is None else logits_TE
+        routing = self.router.choose(logits_TE)
+        slots_TK = self._place(routing)
+        dispatched = self.dispatcher.dispatch(x_TH, slots_TK, routing.weights_TK)
+        rows_RH = self._run(self.experts, dispatched.rows_RH, dispatched.ids_RM, dispatched.weights_RM)
+        y_TH = self.dispatcher.combine(rows_RH, dispatched)
+        if self.shared_expert is not None:
+            y_TH = y_TH + self._run(self._shared, x_TH)
+        return y_TH.view_as(x), self._losses(logits_TE, routing)
+
+    def _place(self, routing: Routing) -> Tensor:
+        """Experts' ids to slots."""
+        slots_TK = self.expert_to_slot[routing.experts_TK]
+        if self.collect_collaboration:
+            self.collaboration = _collaboration(slots_TK // self.num_local_experts, self.ep_size)
+        return slots_TK
+
+    def _shared(self, x_TH: Tensor) -> Tensor:
+        assert self.shared_expert is not None
+        y_TH = self.shared_expert(x_TH)
+        if self.shared_expert_gate is not None:
+            y_TH = self.shared_expert_gate(x_TH).sigmoid() * y_TH
+        return y_TH
+
+    def _losses(self, logits_TE: Tensor, routing: Routing) -> LayerRouting:
+        counts_E = torch.bincount(routing.experts_TK.reshape(-1), minlength=self.num_experts)
+        z = logits_TE.logsumexp(dim=-1).square().mean()
+        return LayerRouting(routing.probs_TE.mean(dim=0), z, counts_E)
+
+    def _run(self, function: Any, *inputs: Tensor) -> Tensor:
+        if self.options.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+
+def _collaboration(device_TK: Tensor, devices: int) -> Collaboration:
+    tokens, k = device_TK.shape
+    goes_TD = torch.zeros(tokens, devices, dtype=torch.int64, device=device_TK.device)
+    per_device_TD = goes_TD.scatter_add(1, device_TK, torch.ones_like(device_TK))
+    pairs = (per_device_TD * (per_device_TD - 1)).sum()
+    return Collaboration(tokens, (per_device_TD > 0).sum(), pairs / max(tokens * k * (k - 1), 1))

@@ -1,0 +1,83 @@
+"""Keeping experts balanced: auxiliary loss, z-loss, and the bias that needs no loss.
+
+Lm MoE layers, E experts, T tokens of a micro-batch, K experts a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """What one layer's routing of one micro-batch adds to the losses."""
+
+    mean_prob_E: Tensor
+    """[E] mean over tokens of the router's probabilities, differentiable."""
+    z: Tensor
+    """Mean over tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, eq. 5), differentiable."""
+    counts_E: Tensor
+    """[E] int64, tokens of this micro-batch that chose each expert."""
+
+
+class Balancer:
+    """Auxiliary losses of all layers, and the counts they need over accumulation steps and ranks.
+
+    The load-balancing loss of a layer is E * sum_e f_e * P_e (Switch Transformer, arXiv 2101.03961, eq. 4), with f_e
+    the share of all assignments that went to expert e and P_e the mean probability of e; 1 when balanced. The model's
+    loss is the mean over layers.
+
+    scope `micro_batch`: f_e of this rank's micro-batch. scope `global_batch`: f_e over all ranks and over the
+    accumulation steps of this optimizer step so far (arXiv 2501.11873, with its buffer over accumulation); P_e, which
+    carries the gradient, stays that of the micro-batch.
+    """
+
+    def __init__(self, balance: str, scope: str, bias_rate: float) -> None:
+        self.balance, self.scope, self.bias_rate = balance, scope, bias_rate
+        self._counts: Tensor | None = None
+        self._synced = False
+
+    def losses(self, layers: list[LayerRouting]) -> tuple[Tensor, Tensor]:
+        """Load-balancing loss and z-loss of one micro-batch, and remember its counts. Call once per training forward.
+
+        Collective over all ranks if the scope is global_batch.
+        """
+        counts = torch.stack([layer.counts_E for layer in layers])
+        probs = torch.stack([layer.mean_prob_E for layer in layers])
+        shared = self._add(counts)
+        used = (shared if self.scope == "global_batch" else counts).to(probs.dtype)
+        share = used / used.sum(dim=1, keepdim=True).clamp(min=1)
+        aux = counts.shape[1] * (share * probs).sum(dim=1).mean()
+        return aux, torch.stack([layer.z for layer in layers]).mean()
+
+    def _add(self, counts: Tensor) -> Tensor:
+        """Add counts [Lm, E] of a micro-batch to those of the step, over all ranks if each forward needs that."""
+        self._synced = self.scope == "global_batch" and self.balance == "aux_loss"
+        if self._synced:
+            counts = _sum_over_ranks(counts)
+        self._counts = counts if self._counts is None else self._counts + counts
+        return self._counts
+
+    def finish_step(self) -> Tensor:
+        """Counts [Lm, E] over the whole global batch; the next step starts from zero. Collective over all ranks."""
+        if self._counts is None:
+            raise RuntimeError("no micro-batch was seen since the last step")
+        counts = self._counts if self._synced else _sum_over_ranks(self._counts)
+        self._counts = None
+        return counts
+
+    def updated_bias(self, bias_E: Tensor, counts_E: Tensor) -> Tensor:
+        """bias + rate * sign(mean load - load) (arXiv 2408.15664, algorithm 1); unchanged unless balance is `bias`."""
+        if self.balance != "bias":
+            return bias_E
+        load = counts_E.to(bias_E.dtype)
+        return bias_E + self.bias_rate * torch.sign(load.mean() - load)
+
+
+def _sum_over_ranks(counts: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        counts = counts.clone()
+        dist.all_reduce(counts)
+    return counts

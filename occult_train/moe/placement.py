@@ -1,0 +1,74 @@
+"""Which expert lives in which slot. Slot s belongs to device s // L; placement changes where, never what."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from occult_train.errors import PlacementError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A permutation of one layer's experts: slot s holds expert slot_to_expert[s]."""
+
+    slot_to_expert: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.slot_to_expert) != list(range(len(self.slot_to_expert))):
+            raise PlacementError(f"slots {list(self.slot_to_expert)} are not a permutation of the experts")
+
+    @classmethod
+    def contiguous(cls, experts: int) -> "Placement":
+        """Expert e in slot e."""
+        return cls(tuple(range(experts)))
+
+    @property
+    def expert_to_slot(self) -> tuple[int, ...]:
+        """The inverse: expert e lives in slot expert_to_slot[e]."""
+        inverse = [0] * len(self.slot_to_expert)
+        for slot, expert in enumerate(self.slot_to_expert):
+            inverse[expert] = slot
+        return tuple(inverse)
+
+    def by_device(self, devices: int) -> list[list[int]]:
+        """Experts of each device, in slot order."""
+        local = len(self.slot_to_expert) // devices
+        return [list(self.slot_to_expert[d * local : (d + 1) * local]) for d in range(devices)]
+
+
+def resolve(setting: str, layers: list[int], experts: int) -> dict[int, Placement]:
+    """The placement of every MoE layer from `moe.placement`: `contiguous`, or a file as `read` takes it."""
+    if setting == "contiguous":
+        return {layer: Placement.contiguous(experts) for layer in layers}
+    return read(Path(setting), layers, experts)
+
+
+def read(path: Path, layers: list[int], experts: int) -> dict[int, Placement]:
+    """Read a placement file: `{"num_experts": E, "slot_to_expert": {"0": [...], ...}}`, one list for each MoE layer.
+
+    Raises:
+        PlacementError: missing, damaged, or of another model.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        table = raw["slot_to_expert"]
+        found = {int(layer): tuple(int(e) for e in slots) for layer, slots in table.items()}
+    except OSError as error:
+        raise PlacementError(f"moe.placement={path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlacementError(f"moe.placement={path} is not a placement file: {error!r}") from None
+    if sorted(found) != sorted(layers):
+        raise PlacementError(f"moe.placement={path} places layers {sorted(found)}, the model has experts in {layers}")
+    for layer, slots in found.items():
+        if sorted(slots) != list(range(experts)):
+            raise PlacementError(
+                f"moe.placement={path}: layer {layer} is not a permutation of model.num_experts={experts} experts"
+            )
+    return {layer: Placement(slots) for layer, slots in found.items()}
+
+
+def to_json(placements: dict[int, Placement]) -> str:
+    """The file that `read` takes."""
+    experts = len(next(iter(placements.values())).slot_to_expert)
+    table = {str(layer): list(p.slot_to_expert) for layer, p in placements.items()}
+    return json.dumps({"num_experts": experts, "slot_to_expert": table})

@@ -1,0 +1,49 @@
+"""Top-k softmax routing. T tokens, H model width, E experts, K experts a token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The router's choice for T tokens, in experts' own ids."""
+
+    experts_TK: Tensor
+    """[T, K] int64, in descending order of score."""
+    weights_TK: Tensor
+    """[T, K] fp32, differentiable."""
+    probs_TE: Tensor
+    """[T, E] fp32 softmax over all experts, differentiable."""
+
+
+class Router(nn.Module):
+    """Softmax over all experts, then the K best.
+
+    `expert_bias` [E] is added to the probabilities for choosing alone (loss-free balancing, arXiv 2408.15664); the
+    weights are the unbiased probabilities. It is zero unless the balancing changes it.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool) -> None:
+        super().__init__()
+        self.top_k, self.normalise = top_k, normalise
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32), persistent=False)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """Logits [T, E], computed in fp32 whatever the model's type."""
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        return F.linear(x_TH.to(wide), self.weight.to(wide))
+
+    def choose(self, logits_TE: Tensor) -> Routing:
+        """Pick experts and weights from the logits."""
+        probs_TE = logits_TE.softmax(dim=-1)
+        experts_TK = (probs_TE.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
+        weights_TK = probs_TE.gather(1, experts_TK)
+        if self.normalise:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return Routing(experts_TK, weights_TK, probs_TE)
