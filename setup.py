@@ -5,7 +5,7 @@ from setuptools import find_namespace_packages, setup
 setup(
     name="occult_train",
     version="0.1.0",
-    description="DeepSpeed trainer for mixture-of-experts GPTs that sends one copy of a token per device, not per expert",
+    description="DeepSpeed trainer for mixture-of-experts GPTs: one copy of a token per device, not per expert",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_namespace_packages(include=["occult_train", "occult_train.*"]),

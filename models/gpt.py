@@ -145,7 +145,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> Tensor:
-        """After an optimizer step: update balancing biases. Returns expert loads [Lm, E] of the step, over all ranks."""
+        """After an optimizer step: update balancing biases. Returns the step's expert loads [Lm, E] over all ranks."""
         counts = self.balancer.finish_step()
         for layer, counts_E in zip(self.moe_layers().values(), counts, strict=True):
             bias = layer.router.expert_bias

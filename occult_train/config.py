@@ -37,7 +37,7 @@ class MoEConfig:
     """aux_loss (Switch Transformer), bias (loss-free, a bias on the scores that choose) or none."""
     aux_loss_coef: float = 0.01
     aux_loss_scope: str = "micro_batch"
-    """Loads are counted over a rank's micro_batch, or over the global_batch so far: all ranks and accumulation steps."""
+    """Loads are counted over a rank's micro_batch, or over the global_batch so far (all ranks, accumulated)."""
     z_loss_coef: float = 0.001
     bias_update_rate: float = 0.001
     """Step of the balancing bias after each optimizer step (balance=bias)."""
@@ -120,8 +120,8 @@ class EvalConfig:
 
     interval: int = 500
     """Steps between evaluations; 0 evaluates at the end alone."""
-    batches: int = 16
-    """Micro-batches a rank computes in one evaluation."""
+    sequences: int = 256
+    """Held-out sequences, the corpus's first; the same ones whatever the number of ranks. 0 takes all."""
 
 
 @dataclass
@@ -216,7 +216,7 @@ class Config:
             "optimizer.weight_decay",
             "scheduler.warmup_steps",
             "eval.interval",
-            "eval.batches",
+            "eval.sequences",
             "checkpoint.interval",
             "checkpoint.keep",
             "monitor.histogram_interval",

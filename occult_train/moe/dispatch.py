@@ -82,7 +82,8 @@ class DedupDispatcher:
 
     def combine(self, rows_RH: Tensor, dispatched: Dispatched) -> Tensor:
         """Steps 8 and 9: rows go back the way they came; home sums them."""
-        assert dispatched.plan is not None and dispatched.index is not None
+        assert dispatched.plan is not None
+        assert dispatched.index is not None
         (back_SH,) = all_to_all(dispatched.plan.reversed(), self.traffic, "combine", rows_RH)
         return gather_sum(back_SH, dispatched.index)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from occult_train.moe.collaboration import CollaborationMeter
 from occult_train.moe.dispatch import make_dispatcher
 from occult_train.moe.experts import Experts
 from occult_train.moe.losses import LayerRouting
@@ -31,17 +32,6 @@ class MoEOptions:
     dispatcher: str = "local"
     recompute: bool = False
     """Recompute experts in backward from the received rows, which are kept; nothing is routed or sent again."""
-
-
-@dataclass(frozen=True)
-class Collaboration:
-    """How far one micro-batch's tokens spread over devices (Occult's C_T and collaborations)."""
-
-    tokens: int
-    devices: Tensor
-    """Sum over tokens of |devices(t)|; divided by tokens it is C_T."""
-    intra_share: Tensor
-    """Share of the pairs of experts of one token that live on one device."""
 
 
 class SwiGLU(nn.Module):
@@ -77,8 +67,7 @@ class MoELayer(ExpertParallelLayer):
         self.shared_expert_gate = nn.Linear(options.hidden, 1, bias=False) if options.shared_gate else None
         self.register_buffer("expert_to_slot", torch.tensor(placement.expert_to_slot), persistent=False)
         self.dispatcher = make_dispatcher(options.dispatcher, grid, self.num_local_experts)
-        self.collect_collaboration = False
-        self.collaboration: Collaboration | None = None
+        self.meter = CollaborationMeter(grid.expert_rank, grid.expert_size)
         self.tag(self.experts)
 
     def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
@@ -105,8 +94,7 @@ class MoELayer(ExpertParallelLayer):
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""
         slots_TK = self.expert_to_slot[routing.experts_TK]
-        if self.collect_collaboration:
-            self.collaboration = _collaboration(slots_TK // self.num_local_experts, self.ep_size)
+        self.meter.add(slots_TK // self.num_local_experts)
         return slots_TK
 
     def _shared(self, x_TH: Tensor) -> Tensor:
@@ -125,11 +113,3 @@ class MoELayer(ExpertParallelLayer):
         if self.options.recompute and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)
-
-
-def _collaboration(device_TK: Tensor, devices: int) -> Collaboration:
-    tokens, k = device_TK.shape
-    goes_TD = torch.zeros(tokens, devices, dtype=torch.int64, device=device_TK.device)
-    per_device_TD = goes_TD.scatter_add(1, device_TK, torch.ones_like(device_TK))
-    pairs = (per_device_TD * (per_device_TD - 1)).sum()
-    return Collaboration(tokens, (per_device_TD > 0).sum(), pairs / max(tokens * k * (k - 1), 1))

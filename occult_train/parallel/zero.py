@@ -106,7 +106,7 @@ def make_states(engine: Any) -> None:
 
 
 def link_states(engine: Any) -> None:
-    """Let the getters see all groups' states; DeepSpeed links after the first *group's* step, the others stay unseen."""
+    """Let the getters see all groups' states: DeepSpeed links after the first *group's* step and misses the others."""
     optimizer = engine.optimizer
     if isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         optimizer._hp_optimizer_states_linked = False
@@ -197,3 +197,23 @@ def clip_stage_0(engine: Any, grid: Grid, limit: float) -> float:
         for gradient in gradients:
             gradient.mul_(limit / (norm + 1e-6))
     return norm
+
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scale_state(engine: Any) -> dict[str, float] | None:
+    """The dynamic loss scaler's state under fp16, else None."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not engine.fp16_enabled() or scaler is None:
+        return None
+    return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+
+
+def set_loss_scale_state(engine: Any, state: dict[str, float] | None) -> None:
+    """Restore `loss_scale_state`; a state that this precision does not use is left aside."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if state is None or not engine.fp16_enabled() or scaler is None:
+        return
+    for name, value in state.items():
+        setattr(scaler, name, value)

@@ -1,0 +1,197 @@
+"""Saving a live engine to logical tensors, and setting an engine from them. Everything here is collective."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from occult_train.checkpoint import store
+from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
+from occult_train.checkpoint.shards import ShardWriter
+from occult_train.checkpoint.store import Checkpoint
+from occult_train.errors import CheckpointError
+from occult_train.parallel import zero
+from occult_train.parallel.grid import Grid
+
+
+def save(engine: Any, grid: Grid, root: Path, step: int, state: dict[str, Any], config_yaml: str, keep: int) -> Path:
+    """Write a checkpoint of the engine under `root`; one parameter is gathered at a time.
+
+    Args:
+        step: optimizer steps taken.
+        state: JSON values of the run: whatever a resumed run needs beside tensors.
+        keep: complete checkpoints to keep, 0 for all.
+
+    Returns:
+        the folder of the complete checkpoint.
+
+    Raises:
+        CheckpointError: on every rank if any rank could not write. Earlier checkpoints are untouched.
+    """
+    folder = store.partial_folder(root, step)
+    _together(grid, root, lambda: store.begin(root, step) if grid.rank == 0 else None)
+    written = _together(grid, root, lambda: _write_shards(engine, grid, folder))
+    rank_state = {"cpu": _encode(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        rank_state["cuda"] = _encode(torch.cuda.get_rng_state())
+    tensors = _merge(grid, written)
+    ranks: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(ranks, rank_state)
+
+    def finish() -> None:
+        if grid.rank:
+            return
+        (folder / "config.yaml").write_text(config_yaml)
+        files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+        common = {
+            "step": step,
+            "adam_step": zero.adam_step(engine),
+            "loss_scale": zero.loss_scale_state(engine),
+            "expert_bias": _biases(engine),
+            "rng": ranks,
+        }
+        store.commit(root, step, {"state": state | common, "tensors": tensors, "files": files}, keep)
+
+    _together(grid, root, finish)
+    return root / f"step-{step:08d}"
+
+
+def _together(grid: Grid, root: Path, action: Any) -> Any:
+    """Run a step that may fail on one rank, and fail on all if it does."""
+    error, result = "", None
+    try:
+        result = action()
+    except OSError as failure:
+        error = f"rank {grid.rank}: {failure.strerror or failure}"
+    errors: list[str] = [""] * grid.world_size
+    dist.all_gather_object(errors, error)
+    failed = [e for e in errors if e]
+    if failed:
+        kept = store.find_latest(root)
+        kept_text = f"the last complete checkpoint is {kept}" if kept else "there is no earlier checkpoint"
+        raise CheckpointError(f"a checkpoint cannot be written to {root}: {failed[0]}; {kept_text}")
+    return result
+
+
+def _write_shards(engine: Any, grid: Grid, folder: Path) -> dict[str, dict[str, object]]:
+    """Stream this rank's pieces into its two files; returns their entries. A failed write never stops the gathers."""
+    zero.make_states(engine)
+    logical = logical_tensors(engine.module, grid)
+    writers = {
+        "model": ShardWriter(folder / f"model-{grid.rank:05d}.safetensors", _shapes(logical, KINDS[:1])),
+        "optimizer": ShardWriter(folder / f"optimizer-{grid.rank:05d}.safetensors", _shapes(logical, KINDS[1:])),
+    }
+    failure: OSError | None = None
+    for tensor in logical:
+        for kind in KINDS:
+            value = zero.get_full(engine, tensor.parameter, kind)
+            if failure is None:
+                try:
+                    _write_pieces(writers["model" if kind == "param" else "optimizer"], tensor, kind, value)
+                except OSError as error:
+                    failure = error
+    for writer in writers.values():
+        writer.close() if failure is None else writer.abandon()
+    if failure is not None:
+        raise failure
+    return {n: e.to_json() for w in writers.values() for n, e in w.entries.items()}
+
+
+def _shapes(logical: list[Logical], kinds: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {
+        key(kind, piece): tensor.shape
+        for tensor in logical
+        for kind in kinds
+        for piece, mine in zip(tensor.pieces, tensor.writes, strict=True)
+        if mine
+    }
+
+
+def _write_pieces(writer: ShardWriter, tensor: Logical, kind: str, value: Tensor) -> None:
+    parts = value if tensor.expert else [value]
+    for piece, mine, part in zip(tensor.pieces, tensor.writes, parts, strict=True):
+        if mine:
+            writer.write(key(kind, piece), part)
+
+
+def _merge(grid: Grid, entries: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    everyone: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(everyone, entries)
+    return {name: entry for part in everyone for name, entry in part.items()}
+
+
+def _biases(engine: Any) -> dict[str, list[float]]:
+    return {str(i): layer.router.expert_bias.tolist() for i, layer in engine.module.moe_layers().items()}
+
+
+def load(engine: Any, grid: Grid, checkpoint: Checkpoint) -> None:
+    """Set master weights, moments, step count, loss scale, balancing bias and RNG from a checkpoint.
+
+    Each rank reads the dense tensors and its own experts. The random generators are restored where the number of ranks
+    is the one that saved; nothing in training draws from them otherwise.
+
+    Raises:
+        CheckpointError: another model's, or damaged. Nothing is set if names or shapes do not fit.
+    """
+    logical = logical_tensors(engine.module, grid)
+    kinds = KINDS if checkpoint.has_optimizer else KINDS[:1]
+    check_fits(checkpoint, logical, kinds)
+    zero.make_states(engine)
+    for tensor in logical:
+        for kind in kinds:
+            parts = [checkpoint.read(key(kind, piece)) for piece in tensor.pieces]
+            value = torch.stack(parts) if tensor.expert else parts[0]
+            zero.set_full(engine, tensor.parameter, kind, value)
+            if kind == "param":
+                zero.push_weights(engine, tensor.parameter, value)
+    state = checkpoint.state
+    if checkpoint.has_optimizer:
+        zero.set_adam_step(engine, state["adam_step"])
+    zero.set_loss_scale_state(engine, state.get("loss_scale"))
+    for i, layer in engine.module.moe_layers().items():
+        bias = state.get("expert_bias", {}).get(str(i))
+        if bias is not None:
+            layer.router.expert_bias.copy_(torch.tensor(bias))
+    _load_rng(grid, state.get("rng") or [])
+
+
+def check_fits(checkpoint: Checkpoint, logical: list[Logical], kinds: tuple[str, ...]) -> None:
+    """Raise CheckpointError unless the model's tensors on this rank are there with their shapes."""
+    for tensor in logical:
+        for piece in tensor.pieces:
+            for kind in kinds:
+                name = key(kind, piece)
+                entry = checkpoint.entries.get(name)
+                if entry is None:
+                    raise CheckpointError(f"checkpoint {checkpoint.folder} is of another model: it has no {name}")
+                if entry.shape != tensor.shape:
+                    raise CheckpointError(
+                        f"checkpoint {checkpoint.folder} is of another model: {name} has shape {list(entry.shape)} "
+                        f"there and {list(tensor.shape)} here"
+                    )
+    dense = {piece for tensor in logical if not tensor.expert for piece in tensor.pieces}
+    stacks = {piece.rsplit(".", 1)[0] for tensor in logical if tensor.expert for piece in tensor.pieces}
+    for name in checkpoint.entries:
+        piece = name.split("/", 1)[-1]
+        if piece not in dense and piece.rsplit(".", 1)[0] not in stacks:
+            raise CheckpointError(f"checkpoint {checkpoint.folder} is of another model: this one has no {name}")
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _load_rng(grid: Grid, ranks: list[dict[str, str]]) -> None:
+    if len(ranks) != grid.world_size:
+        return
+    own = ranks[grid.rank]
+    torch.set_rng_state(_decode(own["cpu"]))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(own["cuda"]))

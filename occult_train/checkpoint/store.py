@@ -1,0 +1,161 @@
+"""The folder of checkpoints: a checkpoint is complete or absent, `latest` names the newest, old ones are removed."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from occult_train.checkpoint.shards import Entry, read_entry
+from occult_train.errors import CheckpointError
+
+FORMAT = "occult-checkpoint"
+VERSION = 1
+MANIFEST = "checkpoint.json"
+_STEP = re.compile(r"step-(\d{8,})$")
+
+
+class Checkpoint:
+    """A complete checkpoint, opened for reading."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.state: dict[str, Any] = manifest["state"]
+        self.entries = {
+            name: Entry(e["file"], tuple(e["shape"]), e["offset"], e["sha256"])
+            for name, e in manifest["tensors"].items()
+        }
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken when it was written."""
+        return int(self.state["step"])
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether Adam's moments are there; an imported model has weights alone."""
+        return any(name.startswith("exp_avg/") for name in self.entries)
+
+    def read(self, name: str) -> Tensor:
+        """One fp32 tensor, verified. Raises CheckpointError if it is damaged."""
+        return read_entry(self.folder, name, self.entries[name])
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint folder, or the latest of a run's folder.
+
+    Raises:
+        CheckpointError: missing, incomplete, damaged, or not ours.
+    """
+    folder = path
+    if not (folder / MANIFEST).is_file():
+        newest = find_latest(path / "checkpoints") or find_latest(path)
+        if newest is None:
+            raise CheckpointError(_absent(path))
+        folder = newest
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(f"checkpoint {folder} is not of occult_train: its format is {manifest.get('format')}")
+        if manifest["version"] != VERSION:
+            raise CheckpointError(
+                f"checkpoint {folder} has version {manifest['version']}, this program reads {VERSION}"
+            )
+        checkpoint = Checkpoint(folder, manifest)
+        files = manifest["files"]
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be understood ({error!r})") from None
+    for file, size in files.items():
+        if not (folder / file).is_file():
+            raise CheckpointError(f"checkpoint {folder} is incomplete: {file} is missing")
+        if (folder / file).stat().st_size != size:
+            found = (folder / file).stat().st_size
+            raise CheckpointError(f"checkpoint {folder} is damaged: {file} has {found} bytes in place of {size}")
+    return checkpoint
+
+
+def _absent(path: Path) -> str:
+    if not path.exists():
+        return f"checkpoint {path} does not exist"
+    foreign = [n for n in ("latest", "zero_to_fp32.py", "pytorch_model.bin", "config.json") if (path / n).exists()]
+    if foreign and not any(_STEP.match(p.name) for p in path.iterdir()):
+        return f"checkpoint {path} is not of occult_train (found {foreign[0]})"
+    return f"checkpoint {path} is incomplete or empty: there is no {MANIFEST}"
+
+
+def find_latest(root: Path) -> Path | None:
+    """The newest complete checkpoint under `root`: the one `latest` names, else the highest step; None if none."""
+    try:
+        named = root / (root / "latest").read_text().strip()
+        if (named / MANIFEST).is_file():
+            return named
+    except OSError:
+        pass
+    complete = _complete(root)
+    return complete[-1] if complete else None
+
+
+def _complete(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    """Where step's checkpoint is written before it is complete."""
+    return root / f"step-{step:08d}.partial"
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make an empty partial folder; called by one rank. Remains of interrupted saves are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in list(root.glob("step-*.partial")) + list(root.glob("step-*.replaced")):
+        shutil.rmtree(stale)
+    folder = partial_folder(root, step)
+    folder.mkdir()
+    return folder
+
+
+def commit(root: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
+    """Complete the partial folder: manifest, rename, `latest`, then remove old ones. Called by one rank.
+
+    Args:
+        manifest: `state`, `tensors` and `files` of `checkpoint.json`.
+        keep: complete checkpoints to keep, 0 for all.
+    """
+    partial, final = partial_folder(root, step), root / f"step-{step:08d}"
+    write_durably(partial / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, **manifest}))
+    if final.exists():  # the run went back to an older checkpoint and came by again
+        final.rename(root / f"{final.name}.replaced")
+    partial.rename(final)
+    _sync(root)
+    write_durably(root / "latest", final.name + "\n")
+    shutil.rmtree(root / f"{final.name}.replaced", ignore_errors=True)
+    for old in [p for p in _complete(root) if p != final][: -(keep - 1) or None] if keep else []:
+        shutil.rmtree(old)
+    return final
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    aside = path.with_name(path.name + ".writing")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

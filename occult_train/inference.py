@@ -1,0 +1,81 @@
+"""A trained model in one process: from a checkpoint, without DeepSpeed."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from occult_train import config as configs
+from occult_train.checkpoint.logical import logical_tensors
+from occult_train.checkpoint.state import check_fits
+from occult_train.checkpoint.store import Checkpoint, open_checkpoint
+from occult_train.config import Config
+from occult_train.errors import CheckpointError
+from occult_train.models.gpt import GPT
+from occult_train.parallel.grid import Grid
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    return configs.load([str(checkpoint.folder / "config.yaml")])
+
+
+@torch.no_grad()
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    """The model with the checkpoint's weights, in evaluation mode, all experts on this device."""
+    with torch.device(device):
+        model = GPT(checkpoint_config(checkpoint).model)
+    logical = logical_tensors(model, Grid())
+    check_fits(checkpoint, logical, ("param",))
+    for tensor in logical:
+        parts = [checkpoint.read(piece) for piece in tensor.pieces]
+        tensor.parameter.copy_(torch.stack(parts) if tensor.expert else parts[0])
+    for index, layer in model.moe_layers().items():
+        bias = checkpoint.state.get("expert_bias", {}).get(str(index))
+        if bias is not None:
+            layer.router.expert_bias.copy_(torch.tensor(bias))
+    return model.to(dtype).eval()
+
+
+def tokenizer_file(checkpoint: Checkpoint, given: str = "") -> Path:
+    """The tokenizer of a checkpoint's run, or the given one.
+
+    Raises:
+        CheckpointError: none is found.
+    """
+    run = checkpoint.folder.parent.parent
+    candidates = [Path(given)] if given else [run / "tokenizer.model", run / "tokenizer.json"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise CheckpointError(f"no tokenizer beside {checkpoint.folder} (looked for {', '.join(map(str, candidates))})")
+
+
+@torch.no_grad()
+def generate(model: GPT, prompt: list[int], length: int, temperature: float, seed: int, stop: int | None) -> list[int]:
+    """Continue `prompt` by up to `length` tokens; temperature 0 takes the likeliest token each time.
+
+    The last max_position_embeddings tokens are what the model sees.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(length):
+        window = torch.tensor([tokens[-model.config.max_position_embeddings :]], device=device)
+        token = int(_pick(model(window)[0, -1].float(), temperature, generator))
+        if token == stop:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def _pick(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits_V.argmax()
+    return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
+
+
+def open_run(path: str) -> Checkpoint:
+    """A checkpoint folder, or the latest checkpoint of a run."""
+    return open_checkpoint(Path(path))

@@ -1,0 +1,248 @@
+"""The training loop."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from occult_train import config as configs
+from occult_train.checkpoint import state as checkpoint_state
+from occult_train.checkpoint.store import find_latest, open_checkpoint
+from occult_train.config import Config
+from occult_train.data.loader import Batches, build_datasets, resolve_vocab
+from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
+from occult_train.faults import StopSignal, set_step
+from occult_train.monitor import Monitor, RoutingMeter, StepRecord, peak_flops
+from occult_train.parallel import zero
+from occult_train.parallel.grid import Grid
+
+_ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class TrainingDiverged(Exception):
+    """The loss is no longer a number."""
+
+
+def run(config: Config) -> int:
+    """Train to the end, or until asked to stop. torch.distributed must be initialised. Returns the exit code."""
+    trainer = Trainer(config)
+    trainer.train()
+    return 0
+
+
+class Trainer:
+    """One run of training: data, engine, and the state that a checkpoint carries."""
+
+    def __init__(self, config: Config) -> None:
+        check_deepspeed(config)
+        config.validate_ranks(dist.get_world_size())
+        self.config = config
+        self.output = Path(config.output)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(self.device)
+        config.model.vocab_size = resolve_vocab(config.data, config.model.vocab_size)
+        self.grid = Grid.create(config.parallel.expert)
+        self.train_data, self.valid_data = build_datasets(config.data, config.train.seed)
+        torch.manual_seed(config.train.seed + self.grid.rank)
+        self.engine = build_engine(config, self.grid, tensorboard=self.output / "tensorboard")
+        self.model = self.engine.module
+        self.accumulation = config.accumulation_steps(self.grid.world_size)
+        self.step, self.consumed = 0, 0
+        resolved = configs.to_yaml(config)
+        self.monitor = Monitor(self.output, self._summary(), self.grid.rank, config.train.steps, resolved)
+        self.routing = RoutingMeter(self.model.moe_layers(), self.device)
+        self._resume()
+        if self.grid.rank == 0:
+            (self.output / "config.yaml").write_text(resolved)
+
+    def _summary(self) -> Any:
+        board = self.engine.monitor.tb_monitor
+        return board.summary_writer if self.grid.rank == 0 and board.enabled else None
+
+    # ---------------------------------------------------------------- resuming and saving
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.output / "checkpoints"
+
+    def _resume(self) -> None:
+        setting = self.config.checkpoint.resume
+        if setting == "none":
+            return
+        found = find_latest(self.checkpoints) if setting == "auto" else Path(setting)
+        if found is None:
+            return
+        checkpoint = open_checkpoint(found)
+        checkpoint_state.load(self.engine, self.grid, checkpoint)
+        self.step, self.consumed = checkpoint.step, int(checkpoint.state["consumed_samples"])
+        self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}")
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment. Collective."""
+        state = {"consumed_samples": self.consumed, "seed": self.config.train.seed}
+        started = time.perf_counter()
+        yaml = configs.to_yaml(self.config)
+        keep = self.config.checkpoint.keep
+        folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep)
+        self.monitor.say(f"step {self.step}: saved {folder} in {time.perf_counter() - started:.1f} s")
+        return folder
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """Train until train.steps, saving and evaluating on the way; stop early, saved, when asked to."""
+        stop = _StopVote(StopSignal(), self.device)
+        saved_at = self.step if self.step else -1
+        self.monitor.start(self.step)
+        try:
+            evaluated_at = -1
+            batches = Batches(
+                self.train_data,
+                consumed_samples=self.consumed,
+                micro_batch_size=self.config.train.micro_batch_size,
+                rank=self.grid.rank,
+                world_size=self.grid.world_size,
+            )
+            self._clock = (time.perf_counter(), self.consumed)
+            while self.step < self.config.train.steps:
+                self._train_step(batches)
+                if _due(self.step, self.config.eval.interval):
+                    self.evaluate()
+                    evaluated_at = self.step
+                if _due(self.step, self.config.checkpoint.interval):
+                    self.save()
+                    saved_at = self.step
+                if stop.agreed():
+                    if saved_at != self.step:
+                        self.save()
+                    self.monitor.say(f"stopped at step {self.step}; the same command continues there")
+                    return
+            if saved_at != self.step:
+                self.save()
+            if evaluated_at != self.step:
+                self.evaluate()
+        finally:
+            self.monitor.stop()
+
+    def _train_step(self, batches: Batches) -> None:
+        """One optimizer step: all its micro-batches, clipping, AdamW, balancing, log."""
+        logged = _due(self.step + 1, self.config.monitor.interval) or self.step == 0
+        if logged:
+            self.routing.start()
+        rate = learning_rate(self.config, self.step)
+        set_learning_rate(self.engine, rate)
+        self.model.train()
+        sums = torch.zeros(3, device=self.device)
+        for _ in range(self.accumulation):
+            batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
+            loss = self.engine(**batch)
+            parts = self.model.last_losses
+            sums += torch.stack((parts.cross_entropy, parts.balance, parts.z)).float()
+            self.engine.backward(loss)
+            norm = self._clip_at_stage_0()
+            self.engine.step()
+        self.step += 1
+        set_step(self.step)
+        self.consumed += self.config.train.global_batch_size
+        loads = self.model.finish_step()
+        self.monitor.advance(self.step)
+        if logged:
+            self._log(sums / self.accumulation, norm, rate, loads)
+        if _due(self.step, self.config.monitor.histogram_interval):
+            self.monitor.histograms(self.step, list(self.model.moe_layers()), loads)
+
+    def _clip_at_stage_0(self) -> float | None:
+        if self.config.zero.stage or not self.engine.is_gradient_accumulation_boundary():
+            return None
+        return zero.clip_stage_0(self.engine, self.grid, self.config.train.gradient_clipping)
+
+    def _log(self, losses: Tensor, norm: float | None, rate: float, loads: Tensor) -> None:
+        losses = losses.clone()
+        dist.all_reduce(losses)
+        loss, balance, z = (losses / self.grid.world_size).tolist()
+        row_bytes = self.config.model.hidden_size * _ROW_BYTES[self.config.train.precision]
+        layers = self.routing.finish(loads, row_bytes)
+        now, (since, consumed) = time.perf_counter(), self._clock
+        self._clock = (now, self.consumed)
+        length = self.config.data.sequence_length
+        speed = (self.consumed - consumed) * length / max(now - since, 1e-9)
+        peak = peak_flops()
+        flops = 3 * self.config.model.flops_per_token(length) * speed / self.grid.world_size
+        grad_norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
+        self.monitor.step(
+            StepRecord(
+                step=self.step,
+                loss=loss,
+                balance_loss=balance,
+                z_loss=z,
+                grad_norm=grad_norm,
+                lr=rate,
+                tokens=self.consumed * length,
+                tokens_per_second=speed,
+                mfu=flops / peak if peak else None,
+                layers=layers,
+            )
+        )
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss is {loss} at step {self.step}; the last checkpoint is untouched")
+
+    # ---------------------------------------------------------------- held-out loss
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy in nats over the first eval.sequences held-out sequences. Collective.
+
+        Sequence i goes to rank i mod ranks; ranks with fewer compute padding that does not count, so that all take
+        part in every exchange.
+        """
+        self.model.eval()
+        started = time.perf_counter()
+        data, micro, world = self.valid_data, self.config.train.micro_batch_size, self.grid.world_size
+        wanted = self.config.eval.sequences or len(data)
+        total = min(wanted, len(data))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for start in range(0, total, micro * world):
+            indices = [start + row * world + self.grid.rank for row in range(micro)]
+            samples = [data[i if i < total else 0] for i in indices]
+            batch = {name: torch.stack([s[name] for s in samples]).to(self.device) for name in samples[0]}
+            for row, index in enumerate(indices):
+                if index >= total:
+                    batch["labels"][row] = -100
+            counted = (batch["labels"] != -100).sum()
+            loss = self.engine(**batch)
+            sums += torch.stack((torch.where(counted > 0, loss.double() * counted, 0.0), counted.double()))
+        dist.all_reduce(sums)
+        loss = float(sums[0] / sums[1])
+        self.monitor.evaluation(self.step, loss, total)
+        if hasattr(self, "_clock"):  # evaluation is not training time
+            since, consumed = self._clock
+            self._clock = (since + time.perf_counter() - started, consumed)
+        return loss
+
+
+class _StopVote:
+    """Whether any rank was asked to stop, known to all in the same step. The answer is one step late, so that nothing
+    waits for it."""
+
+    def __init__(self, signal: StopSignal, device: torch.device) -> None:
+        self.signal, self.device = signal, device
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def agreed(self) -> bool:
+        """Collective: last step's vote; casts this step's."""
+        before = self._pending
+        vote = torch.tensor([int(self.signal.requested)], device=self.device)
+        self._pending = (vote, dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True))
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0].item())
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
