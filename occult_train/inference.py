@@ -34,7 +34,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
         bias = checkpoint.state.get("expert_bias", {}).get(str(index))
         if bias is not None:
             layer.router.expert_bias.copy_(torch.tensor(bias))
-    return model.to(dtype).eval()
+    for parameter in model.parameters():  # not model.to(dtype): the balancing bias stays fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def tokenizer_file(checkpoint: Checkpoint, given: str = "") -> Path:

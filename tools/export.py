@@ -93,7 +93,8 @@ def _write_weights(checkpoint: Checkpoint, family: Family, output: Path, dtype: 
         stale.unlink()
     shards = list(_shards(checkpoint, limit))
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for file, names in zip(track(files, "exporting", disable=len(files) < 4), shards, strict=True):
         tensors = {family.to_hub(name): checkpoint.read(name).to(dtype) for name in names}
         save_file(tensors, output / file, metadata={"format": "pt"})

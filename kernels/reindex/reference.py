@@ -56,7 +56,7 @@ def row_experts(index: RowIndex, slots_TK: Tensor, order: list[int], local: int)
         ids_SM [S, M] int64, experts on the row's device as local ids 0..L-1, in the order of k, -1 padded at the end;
         row_TK and column_TK [T, K], where in ids_SM the k-th expert of token t stands.
     """
-    tokens, k = slots_TK.shape
+    k = slots_TK.shape[1]
     device_TK = slots_TK // local
     position = torch.empty(len(order), dtype=torch.int64, device=slots_TK.device)
     position[torch.tensor(order, device=slots_TK.device)] = torch.arange(len(order), device=slots_TK.device)

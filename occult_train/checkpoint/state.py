@@ -52,6 +52,7 @@ def save(engine: Any, grid: Grid, root: Path, step: int, state: dict[str, Any], 
             "loss_scale": zero.loss_scale_state(engine),
             "expert_bias": _biases(engine),
             "rng": ranks,
+            "placement": {str(i): list(m.placement.slot_to_expert) for i, m in engine.module.moe_layers().items()},
         }
         store.commit(root, step, {"state": state | common, "tensors": tensors, "files": files}, keep)
 
