@@ -13,7 +13,8 @@ from occult_train import config as configs
 from occult_train.checkpoint import state as checkpoint_state
 from occult_train.checkpoint.store import find_latest, open_checkpoint
 from occult_train.config import Config
-from occult_train.data.loader import Batches, build_datasets, resolve_vocab
+from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
+from occult_train.data.tokenizer import load_tokenizer
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
 from occult_train.faults import StopSignal, set_step
 from occult_train.monitor import Monitor, RoutingMeter, StepRecord, peak_flops
@@ -40,13 +41,14 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         check_deepspeed(config)
         config.validate_ranks(dist.get_world_size())
+        cuda = torch.cuda.is_available()
         self.config = config
         self.output = Path(config.output)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(self.device)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         config.model.vocab_size = resolve_vocab(config.data, config.model.vocab_size)
         self.grid = Grid.create(config.parallel.expert)
-        self.train_data, self.valid_data = build_datasets(config.data, config.train.seed)
+        vocab = config.model.vocab_size
+        self.train_data, self.valid_data = build_datasets(config.data, config.train.seed, vocab_size=vocab)
         torch.manual_seed(config.train.seed + self.grid.rank)
         self.engine = build_engine(config, self.grid, tensorboard=self.output / "tensorboard")
         self.model = self.engine.module
@@ -58,6 +60,13 @@ class Trainer:
         self._resume()
         if self.grid.rank == 0:
             (self.output / "config.yaml").write_text(resolved)
+            self._keep_tokenizer()
+
+    def _keep_tokenizer(self) -> None:
+        """Copy the corpus's tokenizer beside the run, for generation and export."""
+        tokenizer = open_corpora(self.config.data)[0][0].tokenizer
+        if tokenizer is not None:
+            load_tokenizer(tokenizer).save(self.output)
 
     def _summary(self) -> Any:
         board = self.engine.monitor.tb_monitor
@@ -194,17 +203,19 @@ class Trainer:
     # ---------------------------------------------------------------- held-out loss
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross-entropy in nats over the first eval.sequences held-out sequences. Collective.
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy in nats over the first eval.sequences held-out sequences; None without any. Collective.
 
         Sequence i goes to rank i mod ranks; ranks with fewer compute padding that does not count, so that all take
         part in every exchange.
         """
-        self.model.eval()
-        started = time.perf_counter()
         data, micro, world = self.valid_data, self.config.train.micro_batch_size, self.grid.world_size
-        wanted = self.config.eval.sequences or len(data)
-        total = min(wanted, len(data))
+        total = min(self.config.eval.sequences or len(data), len(data))
+        if total == 0:
+            self.monitor.say("no held-out text (data.valid_path is empty), so no held-out loss")
+            return None
+        started = time.perf_counter()
+        self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for start in range(0, total, micro * world):
             indices = [start + row * world + self.grid.rank for row in range(micro)]

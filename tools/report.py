@@ -48,7 +48,7 @@ def summary(run: Path) -> list[tuple[str, str]]:
         rows.append(("held-out loss", f"{last['loss']:.4f} (first {last['sequences']} held-out sequences)"))
     entropy = _unigram_entropy(config.data.path)
     if entropy is not None:
-        rows.append(("unigram entropy", f"{entropy:.3f}"))
+        rows.append(("unigram loss", f"{entropy:.4f} (held-out text under the training text's token frequencies)"))
     rows.append(("tokens/s", f"{_median([s['tokens_per_second'] for s in steps[1:] or steps]):,.0f} (median)"))
     rows += _communication(steps, config)
     return rows + _places(run)
@@ -100,4 +100,5 @@ def _unigram_entropy(corpus: str) -> float | None:
         metadata = json.loads((Path(corpus) / "corpus.json").read_text())
     except (OSError, ValueError):
         return None
-    return metadata.get("unigram_entropy")
+    value = metadata.get("unigram_entropy", {}).get("valid_under_train")
+    return None if value is None else float(value)

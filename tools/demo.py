@@ -1,0 +1,38 @@
+"""`occult demo`: prepare, train, export, generate and report on a small model, each step a command to copy."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CONFIG = "configs/demo.yaml"
+PROMPT = "def read_"
+
+
+def command(
+    folder: Annotated[Path, typer.Option(help="Where the corpus and the run go.")] = Path("runs"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings for `occult train`, e.g. train.steps=50.")] = None,
+) -> None:
+    """Train the demo model on the Python standard library and show what came of it. Run again, it continues."""
+    corpus, run = folder / "corpus", folder / "demo"
+    settings = [f"output={run}", f"data.path={corpus}", *(overrides or [])]
+    _occult("prepare", "--stdlib", "--output", str(corpus), "--vocab-size", "4096", "--valid-fraction", "0.03")
+    _occult("train", CONFIG, *settings)
+    _occult("export", str(run), "--output", str(run / "hf"), "--verify")
+    text = _occult("generate", str(run), "--prompt", PROMPT, "--length", "120", capture=True)
+    (run / "sample.txt").write_text(text)
+    print(text)
+    _occult("report", str(run))
+
+
+def _occult(*arguments: str, capture: bool = False) -> str:
+    """Run one command of ours, shown first; end with its exit code if it fails."""
+    print(f"\n$ occult {shlex.join(arguments)}", flush=True)
+    program = [sys.executable, "-m", "occult_train.launcher.cli", *arguments]
+    done = subprocess.run(program, check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    return done.stdout or ""
