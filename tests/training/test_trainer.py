@@ -1,0 +1,175 @@
+"""The trainer on a real corpus: a resumed run is the run that was never stopped, and held-out loss is what it says."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from occult_train.checkpoint.store import Checkpoint, open_checkpoint
+from occult_train.config import load
+from occult_train.inference import load_model
+from occult_train.testing import run_distributed
+from occult_train.tools.prepare import prepare
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.intermediate_size=16",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_experts=8",
+    "model.num_experts_per_tok=3",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.precision=fp32",
+    "data.sequence_length=32",
+    "model.max_position_embeddings=64",
+    "scheduler.warmup_steps=3",
+    "eval.interval=0",
+    "eval.sequences=7",
+    "checkpoint.interval=0",
+    "monitor.interval=1",
+    "parallel.expert=2",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A corpus of generated sentences."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "seven", "dogs", "run", "home"]
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + f"\nfile {i}\n")
+    prepare([str(folder)], folder / "corpus", vocab_size=300, tokenizer=None, workers=1, valid_fraction=0.2)
+    return str(folder / "corpus")
+
+
+def train(_rank: int, arguments: list[str]) -> int:
+    from occult_train.trainer import run
+
+    return run(load(SMALL + arguments))
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
+
+
+def assert_same(left: Checkpoint, right: Checkpoint) -> None:
+    assert left.entries.keys() == right.entries.keys()
+    for name in left.entries:
+        assert torch.equal(left.read(name), right.read(name)), name
+    for name in ("step", "consumed_samples", "adam_step", "expert_bias", "loss_scale", "rng"):
+        assert left.state[name] == right.state[name], name
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["zero.stage=1", "moe.balance=bias", "moe.bias_update_rate=0.01"],
+        ["zero.stage=3", "moe.aux_loss_scope=global_batch", "train.activation_checkpointing=selective"],
+        ["zero.stage=2", "train.precision=bf16", "data.mask_documents=true"],
+    ],
+    ids=["stage 1, bias", "stage 3, global aux loss", "stage 2, bf16, documents"],
+)
+def test_resumed_run_is_the_undisturbed_run(tmp_path: Path, corpus: str, extra: list[str]) -> None:
+    common = [f"data.path={corpus}", "train.steps=6", *extra]
+    run_distributed(train, 2, [*common, f"output={tmp_path}/whole"], timeout=240)
+    halves = [*common, f"output={tmp_path}/halves", "checkpoint.interval=2"]
+    run_distributed(train_until, 2, halves, 3, timeout=240)
+    assert open_checkpoint(tmp_path / "halves").step in (4, 5)  # the ranks agree one step later
+    run_distributed(train, 2, halves, timeout=240)
+    assert_same(open_checkpoint(tmp_path / "whole"), open_checkpoint(tmp_path / "halves"))
+    assert records(tmp_path / "whole") == records(tmp_path / "halves")
+
+
+def train_until(rank: int, arguments: list[str], step: int) -> int:
+    """Train; in step `step` + 1 rank 1 gets a SIGTERM, as from a scheduler."""
+    from occult_train import trainer
+    from occult_train.faults import StopSignal
+
+    StopSignal().install()
+    train_step = trainer.Trainer._train_step
+
+    def interrupted(self: Any, batches: Any) -> None:
+        if rank == 1 and self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(self, batches)
+
+    trainer.Trainer._train_step = interrupted  # type: ignore[method-assign]
+    return train(rank, arguments)
+
+
+def test_sigterm_on_one_rank_saves_and_ends_all_well(tmp_path: Path, corpus: str) -> None:
+    arguments = [f"data.path={corpus}", "train.steps=1000", f"output={tmp_path}/run"]
+    assert run_distributed(train_until, 2, arguments, 2, timeout=240) == [0, 0]
+    step = open_checkpoint(tmp_path / "run").step
+    assert 3 <= step <= 5, "saved as soon as the ranks agreed"
+
+
+def test_finished_run_trains_no_further(tmp_path: Path, corpus: str) -> None:
+    arguments = [f"data.path={corpus}", "train.steps=2", f"output={tmp_path}/run"]
+    run_distributed(train, 2, arguments, timeout=240)
+    before = (tmp_path / "run" / "checkpoints" / "step-00000002" / "checkpoint.json").read_bytes()
+    first = records(tmp_path / "run")
+    run_distributed(train, 2, arguments, timeout=240)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "checkpoint.json").read_bytes() == before
+    assert records(tmp_path / "run")[: len(first)] == first
+
+
+def test_held_out_loss_is_that_of_the_first_sequences(tmp_path: Path, corpus: str) -> None:
+    """7 sequences over 2 ranks and micro-batches of 2, against one process that reads the .bin file itself."""
+    arguments = [f"data.path={corpus}", "train.steps=2", f"output={tmp_path}/run"]
+    run_distributed(train, 2, arguments, timeout=240)
+    (line,) = [r for r in records(tmp_path / "run") if r["kind"] == "evaluation"]
+    model = load_model(open_checkpoint(tmp_path / "run"))
+    tokens = torch.from_numpy(np.fromfile(f"{corpus}/valid.bin", dtype="<u2").astype(np.int64))
+    losses = []
+    for i in range(7):
+        piece = tokens[i * 32 : i * 32 + 33]
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(piece[None, :-1])[0], piece[1:]).item())
+    assert line["sequences"] == 7
+    assert abs(line["loss"] - np.mean(losses)) < 1e-5
+
+
+def test_monitor_counts_what_routing_predicts(tmp_path: Path, corpus: str) -> None:
+    """Rows by pass are equal in sum over ranks, dedup sends no more than K copies, and C_T is within its bounds."""
+    for dispatcher in ("dedup", "all_to_all"):
+        arguments = [f"data.path={corpus}", "train.steps=2", f"output={tmp_path}/{dispatcher}"]
+        run_distributed(train, 2, [*arguments, f"moe.dispatcher={dispatcher}"], timeout=240)
+    dedup, copies = (records(tmp_path / d) for d in ("dedup", "all_to_all"))
+    for ours, theirs in zip(dedup, copies, strict=True):
+        if ours["kind"] != "step":
+            continue
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5
+        for a, b in zip(ours["layers"], theirs["layers"], strict=True):
+            assert len(set(a["rows_sent"].values())) == 1
+            assert sum(b["rows_sent"].values()) == b["copies_rows"] == a["copies_rows"]
+            assert b["bytes_sent"] == b["copies_bytes"]
+            assert sum(a["rows_sent"].values()) < a["copies_rows"]
+            assert 1 <= a["c_t"] <= 2
+
+
+def test_tensorboard_holds_the_promised_scalars(tmp_path: Path, corpus: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [f"data.path={corpus}", "train.steps=2", f"output={tmp_path}/run", "monitor.histogram_interval=1"]
+    run_distributed(train, 2, arguments, timeout=240)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    layer = "moe/layer_00"
+    for tag in ("train/loss", "train/grad_norm", "evaluation/loss", f"{layer}/c_t", f"{layer}/rows_sent/dispatch"):
+        assert tag in tags["scalars"], tag
+    assert f"{layer}/tokens_per_expert" in tags["histograms"]
+    assert any("config" in tag for tag in tags["tensors"])
+    logged = [r["loss"] for r in records(tmp_path / "run") if r["kind"] == "step"]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(logged)
