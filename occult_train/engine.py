@@ -1,11 +1,16 @@
 """From our Config to a DeepSpeed engine, refusing what DeepSpeed would compute wrongly with experts."""
 
+import contextlib
+import io
+import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import logger
 from torch import nn
 
 from occult_train.config import Config
@@ -153,7 +158,10 @@ def build_engine(config: Config, grid: Grid, model: GPT | None = None, tensorboa
             "output_path": str(tensorboard.parent),
             "job_name": tensorboard.name,
         }
-    return deepspeed.initialize(model=model, model_parameters=parameters, config=settings)[0]
+    # BF16_Optimizer prints memory use for every group, whatever its logger's level
+    quiet = io.StringIO() if not logger.isEnabledFor(logging.INFO) else sys.stdout
+    with contextlib.redirect_stdout(quiet):
+        return deepspeed.initialize(model=model, model_parameters=parameters, config=settings)[0]
 
 
 def learning_rate(config: Config, step: int) -> float:

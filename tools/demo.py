@@ -14,7 +14,9 @@ PROMPT = "def read_"
 
 def command(
     folder: Annotated[Path, typer.Option(help="Where the corpus and the run go.")] = Path("runs"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings for `occult train`, e.g. train.steps=50.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings for `occult train`, e.g. train.steps=50.")
+    ] = None,
 ) -> None:
     """Train the demo model on the Python standard library and show what came of it. Run again, it continues."""
     corpus, run = folder / "corpus", folder / "demo"
