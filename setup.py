@@ -21,6 +21,7 @@ setup(
         "tensorboard>=2.18",
         "mpi4py>=4",
         "numpy>=1.26",
+        "psutil",
         "rich>=13",
         "typer>=0.15",
         "ninja",

@@ -1,6 +1,7 @@
 """`occult demo`: prepare, train, export, generate and report on a small model, each step a command to copy."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,13 @@ def _occult(*arguments: str, capture: bool = False) -> str:
     """Run one command of ours, shown first; end with its exit code if it fails."""
     print(f"\n$ occult {shlex.join(arguments)}", flush=True)
     program = [sys.executable, "-m", "occult_train.launcher.cli", *arguments]
-    done = subprocess.run(program, check=False, text=True, stdout=subprocess.PIPE if capture else None)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    return done.stdout or ""
+    child = subprocess.Popen(program, text=True, stdout=subprocess.PIPE if capture else None)
+    # Ctrl-C reaches the child too; it saves, and its exit code ends this
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        text, _ = child.communicate()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if child.returncode:
+        raise typer.Exit(child.returncode)
+    return text or ""

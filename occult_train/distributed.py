@@ -1,0 +1,133 @@
+"""Setting up torch.distributed through DeepSpeed, whoever started the ranks.
+
+The deepspeed launcher and torchrun leave RANK, WORLD_SIZE and MASTER_* in the environment; mpirun leaves it to
+DeepSpeed's MPI discovery (mpi4py); a plain `python -m` is a world of one rank.
+"""
+
+import os
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from occult_train.errors import UserError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "PMIX_RANK")
+LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_SIZE")
+MPI_VARIABLES = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def first_number(names: tuple[str, ...], default: int) -> int:
+    """The first of the named environment variables that holds a whole number, or the default."""
+    values = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdigit()), default)
+
+
+def prepare_environment() -> None:
+    """Set what must stand in the environment before torch and DeepSpeed are imported.
+
+    OMP_NUM_THREADS shares the cores out over the ranks of this host; `ninja` of this Python's environment is put on
+    PATH, because DeepSpeed looks there when it builds an op.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // first_number(LOCAL_SIZE_VARIABLES, 1))))
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def initialize(
+    backend: str | None = None, init_method: str | None = None, timeout: timedelta = timedelta(minutes=30)
+) -> World:
+    """Initialise torch.distributed through DeepSpeed and return this rank.
+
+    Args:
+        backend: nccl or gloo; None takes nccl where there is a CUDA device, else gloo.
+        init_method: as of torch; None takes MASTER_ADDR and MASTER_PORT.
+        timeout: how long a collective may take.
+
+    Raises:
+        UserError: several tasks were started without anything that connects them, or the port is taken.
+    """
+    import torch
+
+    if not torch.cuda.is_available() and not torch.xpu.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    _become_single_rank_if_alone()
+    _skip_shared_memory_op(deepspeed.ops.__compatible_ops__)
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    local_rank = first_number(LOCAL_RANK_VARIABLES[:1], -1)
+    if backend == "nccl" and local_rank >= 0:
+        torch.cuda.set_device(local_rank)
+    given = all(name in os.environ for name in RANK_VARIABLES)
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=True,
+            distributed_port=first_number(("MASTER_PORT",), DEFAULT_PORT),
+            timeout=timeout,
+            init_method=init_method,
+            rank=int(os.environ["RANK"]) if given else -1,
+            world_size=int(os.environ["WORLD_SIZE"]) if given else -1,
+            verbose=False,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"port {os.environ['MASTER_PORT']} is in use; choose another with --master-port") from None
+    world = World(
+        torch.distributed.get_rank(), torch.distributed.get_world_size(), first_number(LOCAL_RANK_VARIABLES[:1], 0)
+    )
+    if backend == "nccl" and local_rank < 0:
+        torch.cuda.set_device(world.local_rank)
+    return world
+
+
+def shutdown() -> None:
+    """Leave the process group, so that no rank ends while a peer still talks to it."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _become_single_rank_if_alone() -> None:
+    """Write the variables of a world of one rank unless some launcher has started this process."""
+    if any(name in os.environ for name in (*MPI_VARIABLES, "RANK", "WORLD_SIZE")):
+        return
+    if first_number(("SLURM_STEP_NUM_TASKS",), 1) > 1:
+        raise UserError("srun started several tasks that cannot find each other; use srun --mpi=pmi2 or --mpi=pmix")
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(single)
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+def _skip_shared_memory_op(compatible_ops: dict[str, bool]) -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce, which only its inference engine uses.
+
+    `TorchBackend` of 0.19.8 builds it on every CPU machine (46 s with two cores, at the first start).
+    """
+    compatible_ops[SHARED_MEMORY_OP] = False

@@ -1,0 +1,107 @@
+"""What every rank runs: `python -m occult_train.train CONFIG.yaml ... path=value ...`.
+
+Start it through `occult train`, `deepspeed --module occult_train.train`, torchrun, mpirun, or alone as one rank.
+"""
+
+import argparse
+import faulthandler
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from occult_train import distributed, faults
+from occult_train.config import Config, load
+from occult_train.errors import UserError
+from occult_train.jobfiles import JobFiles, RankProcess, new_launch
+
+Run = Callable[[Config], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise in place of argparse's usage text, which every rank would print."""
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None, run: Run | None = None) -> int:
+    """Set up this rank, train, and return the exit code. A failure is reported and ends the process.
+
+    Args:
+        argv: arguments as typed; None takes the command line's.
+        run: what to run once torch.distributed stands; None takes the trainer.
+    """
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
+    stop = faults.StopSignal()
+    stop.install()
+    try:
+        code = _run(_parse(argv), run)
+    except Exception as error:
+        faults.fail(error, first_on_host=distributed.first_number(distributed.LOCAL_RANK_VARIABLES, 0) == 0)
+    stop.uninstall()
+    return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="occult_train.train", description="Train one rank's share.", allow_abbrev=False)
+    parser.add_argument("settings", nargs="*", help="YAML files and path=value overrides, later ones win")
+    parser.add_argument("--local_rank", "--local-rank", help="given by launchers; the environment is what counts")
+    parser.add_argument("--job", default="", help="name of the launch, given by `occult train`")
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
+    arguments = parser.parse_intermixed_args(argv)
+    if not arguments.settings:
+        raise UserError("no config given; name a .yaml file or settings like train.steps=100")
+    return arguments
+
+
+def _run(arguments: argparse.Namespace, run: Run | None) -> int:
+    faults.set_rank(distributed.first_number(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"), 0))
+    distributed.prepare_environment()
+    config = load(arguments.settings)
+    files = JobFiles(config.output, arguments.job or new_launch())
+    if arguments.job:
+        files.create()
+        faults.join(files)
+    world = distributed.initialize()
+    faults.set_rank(world.rank)
+    _set_deepspeed_log(arguments.verbose)
+    process = RankProcess.of_this_process(world.rank)
+    files = _meet(process, files, world)
+    config.validate_ranks(world.size)
+    code = (run or _trainer())(config)
+    files.leave(process, well=code == 0)
+    distributed.shutdown()
+    return code
+
+
+def _meet(process: RankProcess, files: JobFiles, world: distributed.World) -> JobFiles:
+    """Agree on rank 0's launch with all ranks, learn their processes, and from now on end when one of them fails."""
+    import torch
+
+    everyone: list[tuple[RankProcess, str]] = [(process, files.launch)] * world.size
+    torch.distributed.all_gather_object(everyone, (process, files.launch))
+    files = JobFiles(files.output, everyone[0][1])
+    files.create()
+    faults.join(files, process, [peer for peer, _ in everyone])
+    return files
+
+
+def _trainer() -> Run:
+    from occult_train import trainer
+
+    return trainer.run
+
+
+def _set_deepspeed_log(verbose: bool) -> None:
+    """Show DeepSpeed's own log, or hide torch's remarks on names that DeepSpeed uses."""
+    from deepspeed.utils import set_log_level_from_string
+
+    if verbose:
+        set_log_level_from_string("info")
+    else:
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

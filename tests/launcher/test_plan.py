@@ -1,0 +1,130 @@
+"""From options to the `deepspeed` command."""
+
+from pathlib import Path
+
+import pytest
+
+from occult_train.config import Config
+from occult_train.errors import UserError
+from occult_train.launcher import hostfile, plan
+from occult_train.launcher.plan import Options
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU machine that is called here, with pdsh, whose ssh reaches nobody but `there`."""
+    monkeypatch.setattr(plan, "count_gpus", lambda: 0)
+    monkeypatch.setattr(plan, "_ssh", _fake_ssh)
+    monkeypatch.setattr(plan.shutil, "which", lambda name: f"/bin/{name}" if name == "pdsh" else None)
+    monkeypatch.setattr(hostfile, "is_this_machine", lambda host: host in ("localhost", "here"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def _fake_ssh(host: str, command: str) -> str:
+    if host != "there":
+        raise UserError(f"host {host} cannot be reached by ssh without a password: No route to host")
+    return "10.0.0.7 172.17.0.1\n" if command == "hostname -I" else ""
+
+
+def _config(expert: int = 1) -> Config:
+    config = Config()
+    config.parallel.expert = expert
+    config.train.global_batch_size = 24
+    return config
+
+
+def _hosts(folder: Path, *hosts: str) -> str:
+    path = folder / "hosts"
+    path.write_text("".join(f"{host} slots=2\n" for host in hosts))
+    return str(path)
+
+
+def _with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(plan, "count_gpus", lambda: count)
+
+
+def test_cpu_takes_as_many_ranks_as_expert_parallelism() -> None:
+    made = plan.make(_config(4), Options())
+    assert (made.ranks, made.multi_host, made.flags[0], made.flags[-1]) == (
+        4,
+        False,
+        "--num_gpus=4",
+        "--log_level=critical",
+    )
+    assert made.announcement == "starting 4 ranks on CPU (parallel.expert=4)"
+    assert plan.make(_config(), Options(num_gpus=2, verbose=True)).announcement.endswith(
+        "2 ranks on CPU (--num-gpus=2)"
+    )
+
+
+def test_gpus_are_all_taken_and_visible_devices_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpus(monkeypatch, 4)
+    assert plan.make(_config(), Options()).flags[0] == "--include=localhost:0,1,2,3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7,2,3")
+    assert plan.make(_config(), Options(num_gpus=2)).flags[0] == "--include=localhost:6,7"
+    with pytest.raises(UserError, match=r"--num-gpus=8 but host localhost has 4"):
+        plan.make(_config(), Options(num_gpus=8))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ab12")
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=GPU-ab12: .* device numbers only"):
+        plan.make(_config(), Options())
+
+
+def test_ranks_are_checked_against_the_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 ranks are not divisible by parallel.expert=2"):
+        plan.make(_config(2), Options(num_gpus=3))
+    with pytest.raises(UserError, match=r"global_batch_size=24 is not divisible by .* 16 ranks"):
+        plan.make(_config(), Options(num_gpus=16))
+
+
+def test_a_hostfile_that_lists_this_machine_alone_needs_no_ssh(tmp_path: Path) -> None:
+    made = plan.make(_config(), Options(hostfile=_hosts(tmp_path, "localhost")))
+    assert {"--no_ssh_check", "--master_addr=127.0.0.1"} < set(made.flags)
+    assert not made.multi_host
+    assert made.ranks == 2
+
+
+def test_more_slots_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _with_gpus(monkeypatch, 1)
+    with pytest.raises(UserError, match=r"host here has 2 slots but 1 GPUs"):
+        plan.make(_config(), Options(hostfile=_hosts(tmp_path, "here")))
+
+
+def test_a_lone_remote_host_is_not_started_here(tmp_path: Path) -> None:
+    made = plan.make(_config(), Options(hostfile=_hosts(tmp_path, "here", "there"), include="there"))
+    assert {"--force_multi", "--master_addr=10.0.0.7", "--include=there"} < set(made.flags)
+    assert made.multi_host
+
+
+def test_hosts_are_reached_before_anything_starts(tmp_path: Path) -> None:
+    hosts = _hosts(tmp_path, "here", "gone")
+    with pytest.raises(UserError, match=r"host gone cannot be reached by ssh"):
+        plan.make(_config(), Options(hostfile=hosts))
+    made = plan.make(_config(), Options(hostfile=hosts, no_ssh_check=True, master_addr="10.0.0.1", master_port=29600))
+    assert {"--launcher=pdsh", "--master_addr=10.0.0.1", "--master_port=29600"} < set(made.flags)
+    assert made.ranks == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"launcher": "openmpi"}, r"--launcher=openmpi needs ompi_info, which is not on PATH"),
+        ({"launcher": "pssh"}, r"--launcher=pssh is not one of pdsh, openmpi"),
+        ({"deepspeed_args": "--num_gpus=3"}, r"--deepspeed-args: --num_gpus is an option of"),
+        ({"deepspeed_args": "-H other"}, r"--deepspeed-args: -H is an option of"),
+        ({"deepspeed_args": "'open"}, r"--deepspeed-args='open: No closing quotation"),
+    ],
+)
+def test_launchers_and_flags_that_cannot_work(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan.make(_config(), Options(hostfile=_hosts(tmp_path, "here", "there"), **options))
+
+
+@pytest.mark.parametrize("options", [{"num_nodes": 2}, {"force_multi": True}])
+def test_nodes_without_a_hostfile(options: dict) -> None:
+    with pytest.raises(UserError, match=r"several nodes need --hostfile"):
+        plan.make(_config(), Options(**options))
+
+
+def test_further_flags_of_deepspeed_come_last() -> None:
+    made = plan.make(_config(), Options(deepspeed_args="--bind_cores_to_rank --bind_core_list 0,1"))
+    assert made.flags[-3:] == ["--bind_cores_to_rank", "--bind_core_list", "0,1"]
