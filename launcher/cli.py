@@ -1,6 +1,7 @@
 """The `occult` command. Nothing heavy is imported before a command needs it."""
 
 import importlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -52,6 +53,10 @@ class LazyGroup(TyperGroup):
 
 def _load(name: str) -> Any:
     """The command of a tool, or an error in one line if the tool is not there."""
+    from occult_train.launcher.plan import count_gpus
+
+    if not count_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import otherwise
     module = f"occult_train.tools.{name}"
     try:
         function = importlib.import_module(module).command

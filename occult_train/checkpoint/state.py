@@ -71,6 +71,8 @@ def _together(grid: Grid, root: Path, action: Any) -> Any:
     dist.all_gather_object(errors, error)
     failed = [e for e in errors if e]
     if failed:
+        if grid.rank == 0:
+            store.remove_partial(root)
         kept = store.find_latest(root)
         kept_text = f"the last complete checkpoint is {kept}" if kept else "there is no earlier checkpoint"
         raise CheckpointError(f"a checkpoint cannot be written to {root}: {failed[0]}; {kept_text}")

@@ -104,7 +104,9 @@ def _complete(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    # a save of the same step may have died between moving the old one aside and taking its place
+    found += [p for p in root.glob("step-*.replaced") if root / p.stem not in found and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
 def partial_folder(root: Path, step: int) -> Path:
@@ -112,11 +114,17 @@ def partial_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}.partial"
 
 
+def remove_partial(root: Path) -> None:
+    """Remove what interrupted saves left behind."""
+    replaced = [p for p in root.glob("step-*.replaced") if (root / p.stem / MANIFEST).is_file()]
+    for stale in [*root.glob("step-*.partial"), *replaced]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 def begin(root: Path, step: int) -> Path:
     """Make an empty partial folder; called by one rank. Remains of interrupted saves are removed."""
     root.mkdir(parents=True, exist_ok=True)
-    for stale in list(root.glob("step-*.partial")) + list(root.glob("step-*.replaced")):
-        shutil.rmtree(stale)
+    remove_partial(root)
     folder = partial_folder(root, step)
     folder.mkdir()
     return folder

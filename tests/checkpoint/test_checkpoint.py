@@ -272,6 +272,29 @@ def test_retention_and_latest(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000030"]
 
 
+def test_killed_between_moving_the_old_one_aside_and_taking_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(tmp_path, 5, keep=1)
+    rename, renamed = Path.rename, []
+
+    def dies_second(self: Path, target: Path) -> Path:
+        if self.name.startswith("step-"):
+            renamed.append(self)
+            if len(renamed) == 2:
+                raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies_second)
+    with pytest.raises(KeyboardInterrupt):
+        fake(tmp_path, 5, keep=1)
+    monkeypatch.undo()
+    assert not (tmp_path / "step-00000005").exists()
+    assert store.open_checkpoint(tmp_path).read("a").shape == (3, 5)
+    fake(tmp_path, 6, keep=1)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000006"]
+
+
 def test_latest_that_points_nowhere_falls_back(tmp_path: Path) -> None:
     fake(tmp_path, 5)
     fake(tmp_path, 6)
