@@ -65,8 +65,19 @@ class ModelConfig:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.vocab_size < 0:
-            raise ConfigError(f"model.vocab_size={self.vocab_size} must not be negative")
+        for name in (
+            "vocab_size",
+            "num_key_value_heads",
+            "head_dim",
+            "shared_expert_intermediate_size",
+            "dense_intermediate_size",
+            "initializer_range",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative")
+        for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be positive")
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divisible by "
@@ -92,6 +103,8 @@ class ModelConfig:
                 f"model.dense_layers={self.dense_layers} names layer {wrong[0]}, "
                 f"but model.num_hidden_layers={self.num_hidden_layers}"
             )
+        if len(set(self.dense_layers)) < len(self.dense_layers):
+            raise ConfigError(f"model.dense_layers={self.dense_layers} names a layer twice")
         if self.dense_layers and self.dense_intermediate_size < 1:
             raise ConfigError(
                 f"model.dense_layers={self.dense_layers} needs model.dense_intermediate_size, "

@@ -6,9 +6,10 @@ Unknown keys, wrong types and impossible combinations raise ConfigError with the
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -253,16 +254,46 @@ def load(arguments: list[str]) -> Config:
     Args:
         arguments: as typed, e.g. `["configs/demo.yaml", "train.steps=20"]`; files end in .yaml or .yml.
     """
-    try:
-        merged = OmegaConf.structured(Config)
-        for argument in arguments:
+    merged = OmegaConf.structured(Config)
+    for argument in arguments:
+        try:
             merged = OmegaConf.merge(merged, _read(argument))
+        except _MERGE_ERRORS as error:
+            raise ConfigError(_explain(error, argument)) from None
+    try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from None
+    except _MERGE_ERRORS as error:
+        raise ConfigError(_explain(error, "")) from None
     assert isinstance(config, Config)
+    _check_values(config)
     config.validate()
     return config
+
+
+_MERGE_ERRORS = (OmegaConfBaseException, TypeError, ValueError, OverflowError)
+"""What OmegaConf raises for a user's values."""
+
+
+def _check_values(section: Any, prefix: str = "") -> None:
+    """Refuse numbers that are not finite, and elements of the wrong type, which OmegaConf lets through in lists."""
+    for f in dataclasses.fields(section):
+        path, value = prefix + f.name, getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{path}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}={value} must be finite")
+        elif get_origin(f.type) is list:
+            for element in value:
+                _check_element(f"{path}={value}", element, get_args(f.type)[0])
+        elif get_origin(f.type) is dict and get_args(f.type)[1] is not Any:
+            for key, element in value.items():
+                _check_element(f"{path}.{key}={element}", element, get_args(f.type)[1])
+
+
+def _check_element(text: str, element: Any, kind: type) -> None:
+    right = isinstance(element, (int, float) if kind is float else kind) and not isinstance(element, bool)
+    if not right or not math.isfinite(element):
+        raise ConfigError(f"{text} must be of type {kind.__name__}, and {element} is not")
 
 
 def to_yaml(config: Config) -> str:
@@ -295,17 +326,28 @@ def _read(argument: str) -> Any:
         raise ConfigError(f"override {argument!r} is not valid: {' '.join(str(error).split())}") from None
 
 
-def _explain(error: OmegaConfBaseException) -> str:
+def _explain(error: Exception, argument: str) -> str:
     """One line for an OmegaConf error: the path, what is wrong, and the nearest known key if one is close."""
-    path = str(getattr(error, "full_key", "") or "")
+    path = str(getattr(error, "full_key", "") or "").partition("[")[0] or argument.partition("=")[0]
     known = list(_paths(Config))
     message = " ".join(str(getattr(error, "msg", None) or error).split("full_key:")[0].split())
-    if path and path not in known and not any(path.startswith(f"{k}.") for k in ("data.blend", "deepspeed")):
+    if any(path.startswith(f"{k}.") and not _is_section(k) for k in known):
+        return f"{path}: {message}"
+    if (
+        path
+        and path != argument
+        and path not in known
+        and not any(path.startswith(f"{k}.") for k in ("data.blend", "deepspeed"))
+    ):
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
         leaf = path.rsplit(".", 1)[-1]
         near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
         return f"unknown setting {path}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{path}: {message}" if path else message
+
+
+def _is_section(path: str) -> bool:
+    return dataclasses.is_dataclass(getattr(Config(), path, None))
 
 
 def _paths(cls: type, prefix: str = "") -> list[str]:

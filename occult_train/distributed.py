@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +105,16 @@ def initialize(
     if backend == "nccl" and local_rank < 0:
         torch.cuda.set_device(world.local_rank)
     return world
+
+
+def set_deepspeed_log(verbose: bool) -> None:
+    """Show DeepSpeed's own log, or hide torch's remarks on names that DeepSpeed uses."""
+    from deepspeed.utils import set_log_level_from_string
+
+    if verbose:
+        set_log_level_from_string("info")
+    else:
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def shutdown() -> None:

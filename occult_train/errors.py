@@ -2,7 +2,13 @@
 
 
 class UserError(Exception):
-    """Something the user typed or gave is wrong. The message names the setting, its value and what it clashes with."""
+    """Something the user typed or gave is wrong. The message names the setting, its value and what it clashes with.
+
+    It is one line, whatever the user's values hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(part.strip() for part in message.splitlines()))
 
 
 class ConfigError(UserError):

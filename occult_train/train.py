@@ -6,7 +6,6 @@ Start it through `occult train`, `deepspeed --module occult_train.train`, torchr
 import argparse
 import faulthandler
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -65,7 +64,7 @@ def _run(arguments: argparse.Namespace, run: Run | None) -> int:
         faults.join(files)
     world = distributed.initialize()
     faults.set_rank(world.rank)
-    _set_deepspeed_log(arguments.verbose)
+    distributed.set_deepspeed_log(arguments.verbose)
     process = RankProcess.of_this_process(world.rank)
     files = _meet(process, files, world)
     config.validate_ranks(world.size)
@@ -91,16 +90,6 @@ def _trainer() -> Run:
     from occult_train import trainer
 
     return trainer.run
-
-
-def _set_deepspeed_log(verbose: bool) -> None:
-    """Show DeepSpeed's own log, or hide torch's remarks on names that DeepSpeed uses."""
-    from deepspeed.utils import set_log_level_from_string
-
-    if verbose:
-        set_log_level_from_string("info")
-    else:
-        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 if __name__ == "__main__":

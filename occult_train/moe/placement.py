@@ -51,15 +51,20 @@ def read(path: Path, layers: list[int], experts: int) -> dict[int, Placement]:
     """
     try:
         raw = json.loads(path.read_text())
-        table = raw["slot_to_expert"]
-        found = {int(layer): tuple(int(e) for e in slots) for layer, slots in table.items()}
+        found = {int(layer): tuple(slots) for layer, slots in raw["slot_to_expert"].items()}
+        named = raw.get("num_experts", experts)
     except OSError as error:
         raise PlacementError(f"moe.placement={path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlacementError(f"moe.placement={path} is not a placement file: {error!r}") from None
     if sorted(found) != sorted(layers):
         raise PlacementError(f"moe.placement={path} places layers {sorted(found)}, the model has experts in {layers}")
+    if named != experts:
+        raise PlacementError(f"moe.placement={path} has num_experts={named}, the model has model.num_experts={experts}")
     for layer, slots in found.items():
+        wrong = [slot for slot in slots if not isinstance(slot, int) or isinstance(slot, bool)]
+        if wrong:
+            raise PlacementError(f"moe.placement={path}: layer {layer} holds {wrong[0]}, which is no expert's id")
         if sorted(slots) != list(range(experts)):
             raise PlacementError(
                 f"moe.placement={path}: layer {layer} is not a permutation of model.num_experts={experts} experts"
