@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from occult_train.config import load
+from occult_train.deepspeed_options import check_deepspeed
 from occult_train.jobfiles import JobFiles, new_launch
 from occult_train.launcher import faults, plan
 from occult_train.launcher.job import Job, say
@@ -25,6 +26,7 @@ def launch(settings: list[str], options: plan.Options, module: str = MODULE) -> 
         UserError: the settings, the options or the hostfile are wrong. Nothing has been started.
     """
     config = load(settings)
+    check_deepspeed(config)
     made = plan.make(config, options)
     files = JobFiles(config.output, new_launch())
     command = _command(settings, options, made, files, module)

@@ -50,5 +50,7 @@ def _check(rows: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w
         raise ValueError(f"rows have shape {tuple(rows.shape)}, w1 takes width {hidden}")
     if w3.shape != w1.shape or tuple(w2.shape) != (local, hidden, ffn):
         raise ValueError(f"w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)} and w3 {tuple(w3.shape)} do not fit together")
+    if rows.dtype != w1.dtype:
+        raise ValueError(f"rows are {rows.dtype}, the experts {w1.dtype}")
     if ids.shape != weights.shape or ids.shape[0] != rows.shape[0]:
         raise ValueError(f"{rows.shape[0]} rows, ids {tuple(ids.shape)}, weights {tuple(weights.shape)}")

@@ -78,8 +78,13 @@ def expert_rows(ids_RM: Tensor, local: int) -> tuple[RowIndex, Tensor, Tensor]:
     Returns:
         the index with row_to_source [X] and source_to_rows [R, M]; entry_X [X], the flat position in ids_RM of each
         expanded row; and rows per expert [L].
+
+    Raises:
+        ValueError: an id of L or more, which would be an expert of another device.
     """
     flat = ids_RM.reshape(-1)
+    if flat.numel() and int(flat.max()) >= local:
+        raise ValueError(f"local expert id {int(flat.max())} on a device of {local} experts")
     key = torch.where(flat < 0, local, flat)
     count_all = torch.bincount(key, minlength=local + 1)
     counts_L = count_all[:local]

@@ -106,8 +106,9 @@ class MoELayer(ExpertParallelLayer):
 
     def _losses(self, logits_TE: Tensor, routing: Routing) -> LayerRouting:
         counts_E = torch.bincount(routing.experts_TK.reshape(-1), minlength=self.num_experts)
-        z = logits_TE.logsumexp(dim=-1).square().mean()
-        return LayerRouting(routing.probs_TE.mean(dim=0), z, counts_E)
+        tokens = max(logits_TE.shape[0], 1)  # a mean over no tokens would be NaN
+        z = logits_TE.logsumexp(dim=-1).square().sum() / tokens
+        return LayerRouting(routing.probs_TE.sum(dim=0) / tokens, z, counts_E)
 
     def _run(self, function: Any, *inputs: Tensor) -> Tensor:
         if self.options.recompute and torch.is_grad_enabled():

@@ -42,7 +42,8 @@ class Balancer:
     def losses(self, layers: list[LayerRouting]) -> tuple[Tensor, Tensor]:
         """Load-balancing loss and z-loss of one micro-batch, and remember its counts. Call once per training forward.
 
-        Collective over all ranks if the scope is global_batch.
+        Collective over all ranks if the scope is global_batch and the loss is used (balance is aux_loss); where it is
+        only logged, its loads are those of this rank.
         """
         counts = torch.stack([layer.counts_E for layer in layers])
         probs = torch.stack([layer.mean_prob_E for layer in layers])

@@ -286,3 +286,9 @@ def test_states_only_grow(choice: Choice) -> None:
     blocks = ids.split(counts.tolist())
     expanded = sum(expert_rows(block, choice.local)[0].row_to_source.numel() for block in blocks)
     assert len(choice.slots) <= index.row_to_source.numel() <= expanded == choice.slots_TK.numel()
+
+
+@pytest.mark.parametrize("wrong", [4, 5, 400])
+def test_an_expert_of_another_device_is_refused(wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"local expert id {wrong} on a device of 4"):
+        expert_rows(torch.tensor([[0, -1], [3, wrong]]), 4)

@@ -463,3 +463,14 @@ def test_missing_placement_files_are_named(tmp_path: Path) -> None:
         read(tmp_path / "gone.json", [0], 4)
     with pytest.raises(PlacementError, match="cannot be read: Is a directory"):
         read(tmp_path, [0], 4)
+
+
+def test_no_tokens_add_nothing_and_no_nan() -> None:
+    layer = MoELayer(MoEOptions(hidden=4, intermediate=3, experts=4, top_k=2), Grid(), Placement.contiguous(4))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    y, routing = layer(torch.zeros(0, 4))
+    assert y.shape == (0, 4)
+    assert routing.z == 0
+    assert torch.equal(routing.mean_prob_E, torch.zeros(4))
+    assert torch.equal(routing.counts_E, torch.zeros(4, dtype=torch.int64))

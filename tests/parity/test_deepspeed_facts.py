@@ -17,6 +17,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
 from torch import Tensor
 
+from occult_train import deepspeed_options
 from occult_train import engine as engines
 from occult_train.config import Config
 from occult_train.engine import build_engine, check_deepspeed, deepspeed_config, runtime, set_learning_rate
@@ -491,9 +492,9 @@ def with_setting(path: str, value: Any = 1) -> Config:
     return config
 
 
-@pytest.mark.parametrize("path", [*engines._OWNED, *engines._WRONG])
+@pytest.mark.parametrize("path", [*deepspeed_options.OWNED, *deepspeed_options.WRONG])
 def test_settings_that_would_be_wrong_are_refused(path: str) -> None:
-    reason = engines._WRONG.get(path) or f"is set by {engines._OWNED[path]}; use that"
+    reason = deepspeed_options.WRONG.get(path) or f"is set by {deepspeed_options.OWNED[path]}; use that"
     with pytest.raises(ConfigError) as caught:
         check_deepspeed(with_setting(path))
     assert str(caught.value) == f"deepspeed.{path}=1 {reason}"
@@ -507,7 +508,7 @@ def test_settings_that_nobody_has_tried_are_refused(path: str) -> None:
         check_deepspeed(with_setting(path))
 
 
-@pytest.mark.parametrize("path", sorted(engines._ALLOWED))
+@pytest.mark.parametrize("path", sorted(deepspeed_options.ALLOWED))
 def test_harmless_settings_reach_deepspeed(path: str) -> None:
     config = with_setting(path, 7)
     check_deepspeed(config)
