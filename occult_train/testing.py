@@ -68,11 +68,22 @@ def run_distributed(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+_PRELOAD = [
+    "occult_train.testing",
+    "occult_train.engine",
+    "deepspeed.runtime.zero.stage3",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.onnx",
+]
+"""What engines import at their first start, ten seconds of it for ZeRO-3; ranks are forked off with it."""
+
+
 def _context(backend: str) -> Any:
     if backend != "gloo" or sys.platform != "linux":
         return torch.multiprocessing.get_context("spawn")
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "occult_train.testing"])
+    context.set_forkserver_preload(_PRELOAD)
     return context
 
 

@@ -2,7 +2,7 @@
 
 DeepSpeed knows experts that are not its own only as `AutoEPMoELayer`s with tagged parameters; so ours is one. And its
 getters and setters of master weights and optimizer states need help in places. Each fact relied on has a test in
-tests/engine.
+tests/parity/test_deepspeed_facts.py.
 """
 
 from typing import Any

@@ -42,8 +42,8 @@ RATES = (3e-3, 5e-3, 2e-3)
 CLIP, AUX, Z, DECAY, BIAS_RATE, EPS = 0.5, 0.05, 0.01, 0.1, 0.02, 1e-8
 KINDS = ("loss", "aux", "z", "norm", "grad", "param", "weight", "exp_avg", "exp_avg_sq", "counts", "bias")
 BF16_BOUNDS = {
-    **{"loss": 5e-3, "aux": 5e-3, "z": 5e-3, "norm": 2e-2, "param": 2e-2, "weight": 2e-2},
-    **{"exp_avg": 0.2, "exp_avg_sq": 0.3, "counts": 0.0, "bias": 0.0},
+    **{"loss": 5e-3, "aux": 5e-3, "z": 5e-3, "norm": 4e-2, "param": 2e-2, "weight": 2e-2},
+    **{"grad": 0.2, "exp_avg": 0.2, "exp_avg_sq": 0.2, "counts": 0.0, "bias": 0.0},
 }
 CASE_LIMIT = 120.0
 """Seconds after which a case counts as hanging; the first of a group also pays for imports."""
@@ -95,13 +95,10 @@ PROBLEMS = {
     "tied": Problem(14, tied=True),
     "one_device": Problem(1, one_device=True),
     "one_token": Problem(1, length=1, micro_batch=1),
-    "short": Problem(77, length=3, micro_batch=1, smallest_gap=5e-3),
-    "short_one_device": Problem(108, length=3, micro_batch=1, one_device=True, smallest_gap=5e-3),
+    "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
+    "short_one_device": Problem(56, length=3, micro_batch=1, one_device=True, smallest_gap=5e-3),
 }
-"""Seeds were chosen for wide gaps between scores, and well-conditioned gradients: float32 alone, in one process, is up
-to 3e-6 off."""
-
-
+"""Seeds were chosen for wide gaps between scores and well-conditioned gradients; float32 was then 5e-6 off at worst."""
 TUNINGS: dict[str, dict[str, Any]] = {
     "default": {"stage3_param_persistence_threshold": 40},
     "persistent": {},
@@ -507,11 +504,12 @@ def test_lopsided_routing_neither_hangs_nor_differs(case: Case, outcomes: Outcom
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_is_as_far_off_as_bf16_is(case: Case, outcomes: Outcomes) -> None:
-    """Gradients to twice the error of plain torch in bf16 on one process; the rest to about twice what was measured.
+    """Bounds are about twice what was measured. For gradients they are also three times the error of plain torch in
+    bf16, in one process; that is of whole stacks in one step, here it is the worst expert's in three.
 
     In float32 the same problems are exact, so what is left is rounding.
     """
-    bounds = BF16_BOUNDS | {"grad": 2 * plain_bf16_error(case.problem)}
+    bounds = BF16_BOUNDS | {"grad": min(BF16_BOUNDS["grad"], 3 * plain_bf16_error(case.problem))}
     check(case, outcomes[case], bounds)
     assert outcomes[case].worst["grad"][0] > 1e-3
 
