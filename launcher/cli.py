@@ -70,7 +70,6 @@ def _load(name: str) -> Any:
 app = typer.Typer(
     cls=LazyGroup,
     help="Train mixture-of-experts GPTs on DeepSpeed with cheap expert parallelism.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -129,9 +128,20 @@ def train(
     return launch(settings, options)
 
 
+UsageError: Any = typer.BadParameter.__bases__[0]
+"""What typer raises for a wrong command line; it gives the class no public name."""
+
+
 def main() -> None:
-    """The console entry point."""
-    app()
+    """The console entry point. A wrong command line, too, is one line and exit code 2."""
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "occult")
+        words = error.format_message().rstrip(".?")
+        print(f"error: {words}; see `{where} --help`", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,18 @@ def test_a_users_mistake_is_one_line(tmp_path: Path, words: list[str], message: 
 
 
 @pytest.mark.parametrize("words", [["trian"], ["train"], ["train", "a.yaml", "--num-gpu", "x"]])
-def test_a_mistyped_command_shows_its_usage(tmp_path: Path, words: list[str]) -> None:
+def test_a_mistyped_command_is_one_line(tmp_path: Path, words: list[str]) -> None:
     done = _occult(tmp_path, *words)
     assert done.returncode == 2
-    assert "Usage: occult" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "--help`" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_bare_command_shows_help(tmp_path: Path) -> None:
+    done = _occult(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: occult" in done.stdout
 
 
 def test_a_missing_tool_breaks_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
