@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from occult_train.models.attention import Attention, Positions, positions
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
+from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
 from occult_train.moe.losses import Balancer, LayerRouting
 from occult_train.moe.placement import Placement
@@ -31,6 +32,8 @@ class Runtime:
     aux_loss_scope: str = "micro_batch"
     z_loss_coef: float = 0.0
     bias_update_rate: float = 0.0
+    way: Way | None = None
+    """How the fused expert layer computes; None composes it of plain torch."""
 
 
 class Block(nn.Module):
@@ -164,4 +167,5 @@ def _moe_options(config: ModelConfig, runtime: Runtime) -> MoEOptions:
         shared_gate=config.shared_expert_gate,
         dispatcher=runtime.dispatcher,
         recompute=runtime.selective_checkpointing,
+        way=runtime.way,
     )

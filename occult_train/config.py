@@ -19,6 +19,9 @@ from occult_train.models.config import ModelConfig
 
 DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
 BALANCES = ("aux_loss", "bias", "none")
+BACKENDS = ("auto", "reference", "fused")
+MATMULS = ("auto", "library", "triton")
+TRANSPORTS = ("auto", "collective", "symmetric")
 SCOPES = ("micro_batch", "global_batch")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -32,6 +35,16 @@ class MoEConfig:
     dispatcher: str = "auto"
     """local (all experts on this rank), all_to_all (K copies of a token), dedup (one copy per device), or auto:
     local when parallel.expert is 1, else dedup."""
+    backend: str = "auto"
+    """fused (Triton kernels; see moe/fused.py), reference (plain torch), or auto: fused on GPUs, else reference."""
+    matmul: str = "auto"
+    """Of the fused backend: library (torch's grouped product), triton, or auto: the faster, measured at the start."""
+    transport: str = "auto"
+    """Of the fused backend: collective (all-to-all), symmetric (kernels write into the peers' memory; NVLink), or auto:
+    the faster, measured at the start."""
+    overlap: str = "auto"
+    """Of the fused backend: none (exchange, then compute), a number of chunks whose exchange and computing overlap, or
+    auto: the fastest, measured at the start."""
     placement: str = "contiguous"
     """contiguous, or a JSON file made by `occult place` or by hand: which expert lives in which slot."""
     balance: str = "aux_loss"
@@ -192,6 +205,17 @@ class Config:
         """Raise ConfigError for values that no machine could run. `validate_ranks` checks what depends on ranks."""
         self.model.validate()
         _one_of("moe.dispatcher", self.moe.dispatcher, DISPATCHERS)
+        _one_of("moe.backend", self.moe.backend, BACKENDS)
+        _one_of("moe.matmul", self.moe.matmul, MATMULS)
+        _one_of("moe.transport", self.moe.transport, TRANSPORTS)
+        if self.moe.overlap not in ("auto", "none") and not (self.moe.overlap.isdigit() and int(self.moe.overlap)):
+            raise ConfigError(f"moe.overlap={self.moe.overlap} must be auto, none, or a number of chunks from 1 on")
+        if self.moe.transport == "symmetric" and self.moe.overlap not in ("auto", "none"):
+            raise ConfigError(
+                f"moe.transport=symmetric moves all rows at once and cannot go with moe.overlap={self.moe.overlap}"
+            )
+        if self.moe.backend == "fused" and self.moe.dispatcher == "all_to_all":
+            raise ConfigError("moe.backend=fused deduplicates and cannot go with moe.dispatcher=all_to_all")
         _one_of("moe.balance", self.moe.balance, BALANCES)
         _one_of("moe.aux_loss_scope", self.moe.aux_loss_scope, SCOPES)
         _one_of("train.precision", self.train.precision, PRECISIONS)

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import nn
 
 from occult_train.config import Config
 from occult_train.deepspeed_options import check_deepspeed
+from occult_train.errors import ConfigError
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.init import init_weights
+from occult_train.moe.choose import Shape, Wanted, can_run_kernels, choose
+from occult_train.moe.fused import Way
 from occult_train.moe.placement import resolve
 from occult_train.parallel.grid import Grid
 
@@ -51,9 +55,43 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
     return result
 
 
-def runtime(config: Config, grid: Grid) -> Runtime:
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_way(config: Config, grid: Grid) -> tuple[Way | None, str]:
+    """How the experts are computed, and a line that says so. Collective; may measure for a second.
+
+    Raises:
+        ConfigError: the fused backend, or a way of it, was asked for and does not work here.
+    """
+    moe, model, train = config.moe, config.model, config.train
+    fused = moe.backend == "fused" or (
+        moe.backend == "auto" and torch.cuda.is_available() and config.dispatcher() != "all_to_all"
+    )
+    if not fused:
+        return None, "experts: reference backend (plain torch)"
+    if not can_run_kernels():
+        raise ConfigError("moe.backend=fused needs a CUDA GPU, and this machine has none; use moe.backend=reference")
+    tokens = train.micro_batch_size * config.data.sequence_length
+    shape = Shape(
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_experts,
+        model.num_experts_per_tok,
+        tokens,
+        PRECISIONS[train.precision],
+    )
+    try:
+        way, text = choose(shape, grid, Wanted(moe.matmul, moe.transport, moe.overlap))
+    except ValueError as error:
+        raise ConfigError(f"moe.{error}") from None
+    return way, f"experts: fused backend, {text}"
+
+
+def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
     """How the model of `config` runs on this rank."""
     return Runtime(
+        way=way,
         grid=grid,
         dispatcher=config.dispatcher(),
         placements=resolve(config.moe.placement, config.model.moe_layers, config.model.num_experts),
@@ -71,13 +109,26 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2 and not name.startswith("embed_tokens")
 
 
-def build_engine(config: Config, grid: Grid, model: GPT | None = None, tensorboard: Path | None = None) -> Any:
-    """Build the model (unless given) with initial weights, and DeepSpeed's engine around it. Collective."""
+def build_engine(
+    config: Config,
+    grid: Grid,
+    model: GPT | None = None,
+    tensorboard: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Any:
+    """Build the model (unless given) with initial weights, and DeepSpeed's engine around it. Collective.
+
+    Args:
+        say: takes a line for the user, on rank 0.
+    """
     check_deepspeed(config)
     if model is None:
+        way, chosen = choose_way(config, grid)
         with torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"):
-            model = GPT(config.model, runtime(config, grid))
+            model = GPT(config.model, runtime(config, grid, way))
         init_weights(model, config.train.seed)
+        if grid.rank == 0:
+            say(chosen)
     named = list(model.named_parameters())
     parameters = [
         {"name": "decay", "params": [p for n, p in named if decays(n, p)]},

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from occult_train.kernels.experts.reference import experts
 from occult_train.moe.collaboration import CollaborationMeter
 from occult_train.moe.dispatch import make_dispatcher
 from occult_train.moe.experts import Experts
+from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.placement import Placement
 from occult_train.moe.router import Router, Routing
@@ -32,6 +34,8 @@ class MoEOptions:
     dispatcher: str = "local"
     recompute: bool = False
     """Recompute experts in backward from the received rows, which are kept; nothing is routed or sent again."""
+    way: Way | None = None
+    """How the fused layer computes (`local` and `dedup` alike); None composes it of plain torch."""
 
 
 class SwiGLU(nn.Module):
@@ -60,13 +64,14 @@ class MoELayer(ExpertParallelLayer):
         super().__init__(grid, options.experts, placement.by_device(grid.expert_size))
         self.options, self.placement = options, placement
         self.router = Router(options.hidden, options.experts, options.top_k, options.normalise)
-        self.experts = Experts(self.num_local_experts, options.hidden, options.intermediate)
+        self.dispatcher = make_dispatcher(options.dispatcher, grid, self.num_local_experts)
+        self.fused = self._make_fused(grid)
+        self.experts = Experts(self.num_local_experts, options.hidden, options.intermediate, self.fused or experts)
         self.shared_expert = (
             SwiGLU(options.hidden, options.shared_intermediate) if options.shared_intermediate else None
         )
         self.shared_expert_gate = nn.Linear(options.hidden, 1, bias=False) if options.shared_gate else None
         self.register_buffer("expert_to_slot", torch.tensor(placement.expert_to_slot), persistent=False)
-        self.dispatcher = make_dispatcher(options.dispatcher, grid, self.num_local_experts)
         self.meter = CollaborationMeter(grid.expert_rank, grid.expert_size)
         self.tag(self.experts)
 
@@ -84,12 +89,24 @@ class MoELayer(ExpertParallelLayer):
         logits_TE = self.router(x_TH) if logits_TE is None else logits_TE
         routing = self.router.choose(logits_TE)
         slots_TK = self._place(routing)
-        dispatched = self.dispatcher.dispatch(x_TH, slots_TK, routing.weights_TK)
-        rows_RH = self._run(self.experts, dispatched.rows_RH, dispatched.ids_RM, dispatched.weights_RM)
-        y_TH = self.dispatcher.combine(rows_RH, dispatched)
+        if self.fused is not None:
+            y_TH = self.experts(x_TH, slots_TK, routing.weights_TK)
+        else:
+            dispatched = self.dispatcher.dispatch(x_TH, slots_TK, routing.weights_TK)
+            rows_RH = self._run(self.experts, dispatched.rows_RH, dispatched.ids_RM, dispatched.weights_RM)
+            y_TH = self.dispatcher.combine(rows_RH, dispatched)
         if self.shared_expert is not None:
             y_TH = y_TH + self._run(self._shared, x_TH)
         return y_TH.view_as(x), self._losses(logits_TE, routing)
+
+    def _make_fused(self, grid: Grid) -> FusedExperts | None:
+        """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""
+        o = self.options
+        if o.way is None:
+            return None
+        if o.dispatcher == "all_to_all":
+            raise ValueError("the fused layer deduplicates; dispatcher=all_to_all needs the reference backend")
+        return FusedExperts(grid, o.experts, self.dispatcher.traffic, o.way, o.recompute)
 
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""
@@ -105,7 +122,8 @@ class MoELayer(ExpertParallelLayer):
         return y_TH
 
     def _losses(self, logits_TE: Tensor, routing: Routing) -> LayerRouting:
-        counts_E = torch.bincount(routing.experts_TK.reshape(-1), minlength=self.num_experts)
+        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
+        counts_E = chosen_TE.sum(dim=0)  # bincount would make the host wait
         tokens = max(logits_TE.shape[0], 1)  # a mean over no tokens would be NaN
         z = logits_TE.logsumexp(dim=-1).square().sum() / tokens
         return LayerRouting(routing.probs_TE.sum(dim=0) / tokens, z, counts_E)

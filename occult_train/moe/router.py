@@ -1,6 +1,7 @@
 """Top-k softmax routing. T tokens, H model width, E experts, K experts a token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,24 @@ class Routing:
     """[T, K] fp32, differentiable."""
     probs_TE: Tensor
     """[T, E] fp32 softmax over all experts, differentiable."""
+
+
+class _WideProduct(torch.autograd.Function):
+    """x @ weight^T with half-precision inputs, whose products fp32 holds exactly, summed and returned in fp32.
+
+    Its gradient is rounded to the inputs' type, as that of a product in that type would be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.t() @ x
 
 
 class Router(nn.Module):
@@ -36,6 +55,8 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Logits [T, E], computed in fp32 whatever the model's type."""
+        if x_TH.is_cuda and x_TH.dtype in (torch.bfloat16, torch.float16) and x_TH.dtype == self.weight.dtype:
+            return _WideProduct.apply(x_TH, self.weight)
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         return F.linear(x_TH.to(wide), self.weight.to(wide))
 

@@ -1,0 +1,299 @@
+"""How the fused layer's rows cross the network: packed into one payload a direction, own rows never among them.
+
+Both transports give the same rows in the same order. A row on the wire is the token and, on its way out, the expanded
+positions and weights of its experts; on its way back in backward, its weight gradients (kernels/movers, `Wire`).
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from occult_train.kernels.movers import kernel as movers
+from occult_train.kernels.movers.reference import Wire
+from occult_train.moe.routes import Counts, Routes
+from occult_train.parallel.grid import Grid
+from occult_train.parallel.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Back:
+    """Expanded rows of which each arrived row gets the sum: see movers.merge."""
+
+    rows: list[Tensor]
+    position_RK: Tensor
+    start: int
+    weight_RK: Tensor | None = None
+    scalar_X: Tensor | None = None
+
+
+class Exchange(Protocol):
+    """One pass out and one back for the tokens of one forward, or of its backward."""
+
+    shared: bool
+    """Whether what arrives lies in memory that the next pass overwrites."""
+
+    def arrived(self, chunk: int) -> Tensor:
+        """Rows on the wire of a chunk [R_c, W], by source, then token. Waits for them."""
+        ...
+
+    def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
+        """Send sums back to where each row of the chunk came from."""
+        ...
+
+    def returned(self) -> Tensor | None:
+        """Rows that came back [S, W], in the order in which they were sent. Waits for them."""
+        ...
+
+
+class Transport(Protocol):
+    """Makes exchanges."""
+
+    traffic: Traffic
+
+    def send(
+        self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
+    ) -> tuple[Exchange, Counts]:
+        """Send tokens out, with their experts' positions and weights if weights are given. Collective.
+
+        Args:
+            passes: names of the two passes in `Traffic`.
+        """
+        ...
+
+
+def _pack(x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | None, tokens: slice) -> None:
+    g = routes.geometry
+    more = (None, None, None)
+    if weight_TK is not None:
+        more = (routes.position_TK[tokens], routes.slots_TK[tokens], weight_TK[tokens])
+    movers.pack(x[tokens], routes.send_TD[tokens], out, wire, *more, local=g.local)
+
+
+class CollectiveTransport:
+    """All-to-all of the process group, one call a chunk and direction, asynchronous."""
+
+    def __init__(self, grid: Grid, traffic: Traffic) -> None:
+        self.grid, self.traffic = grid, traffic
+
+    def send(
+        self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
+    ) -> tuple["CollectiveExchange", Counts]:
+        """As `Transport.send`."""
+        counts = routes.counts()
+        exchange = CollectiveExchange(self, routes, counts, passes)
+        if routes.geometry.devices > 1:
+            exchange.begin(x_TH, wire, weight_TK)
+        return exchange, counts
+
+
+@dataclass
+class CollectiveExchange:
+    """See `Exchange`."""
+
+    transport: CollectiveTransport
+    routes: Routes
+    counts: Counts
+    passes: tuple[str, str]
+    shared: bool = False
+    _out: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _back: list[Any] = field(default_factory=list)
+    _returned: Tensor | None = None
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def begin(self, x_TH: Tensor, wire: Wire, weight_TK: Tensor | None) -> None:
+        """Pack and send all chunks."""
+        counts, size = self.counts, self.routes.geometry.chunk_tokens
+        payload, inbox = wire.empty(counts.sent, x_TH), wire.empty(counts.arrived, x_TH)
+        for c, (sends, arrives) in enumerate(zip(counts.sends_CD, counts.arrives_CD, strict=True)):
+            _pack(x_TH, self.routes, payload, wire, weight_TK, slice(c * size, (c + 1) * size))
+            target = inbox[counts.arrived_slice(c)]
+            work = self._move(target, payload[counts.sent_slice(c)], arrives, sends, self.passes[0])
+            self._out.append((work, target))
+        self._kept.append(payload)
+
+    def arrived(self, chunk: int) -> Tensor:
+        """As `Exchange.arrived`."""
+        work, rows = self._out[chunk]
+        work.wait()
+        return rows
+
+    def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
+        """As `Exchange.give_back`."""
+        counts = self.counts
+        if self._returned is None:
+            self._returned = wire.empty(counts.sent, back.rows[0])
+        rows = wire.empty(back.position_RK.shape[0], back.rows[0])
+        movers.merge(back.rows, back.position_RK, rows, wire, back.weight_RK, back.scalar_X, back.start)
+        target = self._returned[counts.sent_slice(chunk)]
+        sends, arrives = counts.arrives_CD[chunk], counts.sends_CD[chunk]
+        self._back.append(self._move(target, rows, arrives, sends, self.passes[1]))
+        self._kept.append(rows)
+
+    def returned(self) -> Tensor | None:
+        """As `Exchange.returned`."""
+        for work in self._back:
+            work.wait()
+        self._kept.clear()
+        return self._returned
+
+    def _move(self, target: Tensor, source: Tensor, arrives: list[int], sends: list[int], name: str) -> Any:
+        traffic = self.transport.traffic
+        traffic.add_rows(name, source.shape[0], target.shape[0])
+        traffic.add_bytes(name, source.numel() * source.element_size())
+        group = self.transport.grid.expert_group
+        return dist.all_to_all_single(target, source, arrives, sends, group=group, async_op=True)
+
+
+class SymmetricTransport:
+    """One-sided: kernels write rows straight into the other devices' memory, over NVLink.
+
+    One pair of buffers a process group, shared by all layers, for rows out and rows back. Each pass ends in a barrier
+    of all devices, after which its rows may be read; the other buffer's barrier tells that they have been.
+    """
+
+    def __init__(self, grid: Grid, traffic: Traffic) -> None:
+        self.grid, self.traffic = grid, traffic
+        self.boxes = (SymmetricBox.of(grid, "out"), SymmetricBox.of(grid, "back"))
+
+    @staticmethod
+    def available(grid: Grid) -> bool:
+        """Whether all devices of the group can write each other's memory, and may. NCCL_P2P_DISABLE=1 forbids it."""
+        if not torch.cuda.is_available() or os.environ.get("NCCL_P2P_DISABLE") == "1" or grid.expert_size == 1:
+            return False
+        here = torch.cuda.current_device()
+        ranks = dist.get_process_group_ranks(grid.expert_group)
+        found: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(found, (os.uname().nodename, here), group=grid.expert_group)
+        one_host = len({host for host, _ in found}) == 1 and len(set(found)) == len(found)
+        reach = one_host and all(p == here or torch.cuda.can_device_access_peer(here, p) for _, p in found)
+        answers: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(answers, reach, group=grid.expert_group)
+        return all(answers)
+
+    def send(
+        self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
+    ) -> tuple["SymmetricExchange", Counts]:
+        """As `Transport.send`. Rows are written before the host knows their number; if they did not fit, all ranks
+        know it from the counts, enlarge the buffers, and write again."""
+        exchange = SymmetricExchange(self, routes, passes)
+        self.boxes[0].reserve(x_TH.shape[0] * (routes.geometry.devices - 1) * wire.nbytes, agreed=False)
+        exchange.begin(x_TH, wire, weight_TK)
+        counts = routes.counts()
+        if counts.most_rows * wire.nbytes > self.boxes[0].nbytes:
+            self.boxes[0].reserve(counts.most_rows * wire.nbytes, agreed=True)
+            exchange.begin(x_TH, wire, weight_TK)
+        exchange.counts = counts
+        self.count(passes[0], counts.sent, counts.arrived, wire)
+        return exchange, counts
+
+    def count(self, name: str, sent: int, arrived: int, wire: Wire) -> None:
+        """Count what a pass moved."""
+        self.traffic.add_rows(name, sent, arrived)
+        self.traffic.add_bytes(name, sent * wire.nbytes)
+
+
+class SymmetricExchange:
+    """See `Exchange`; one chunk."""
+
+    counts: Counts
+    shared = True
+
+    def __init__(self, transport: SymmetricTransport, routes: Routes, passes: tuple[str, str]) -> None:
+        self.transport, self.routes, self.passes = transport, routes, passes
+        self._wire: Wire | None = None
+        self._wire_back: Wire | None = None
+
+    def begin(self, x_TH: Tensor, wire: Wire, weight_TK: Tensor | None) -> None:
+        """Write all rows."""
+        box, self._wire = self.transport.boxes[0], wire
+        if box.nbytes:
+            peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // wire.nbytes)
+            _pack(x_TH, self.routes, peers, wire, weight_TK, slice(None))
+            box.barrier()
+
+    def arrived(self, chunk: int) -> Tensor:
+        """As `Exchange.arrived`: a view of the shared buffer, good until the next pass out."""
+        assert self._wire is not None
+        return self.transport.boxes[0].rows(self.counts.arrived, self._wire)
+
+    def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
+        """As `Exchange.give_back`."""
+        box, self._wire_back = self.transport.boxes[1], wire
+        box.reserve(self.counts.most_rows * wire.nbytes, agreed=True)
+        layout = self.routes.layout
+        peers = movers.Peers(box.address_D, layout.back_D, box.nbytes // wire.nbytes)
+        movers.merge(
+            back.rows, back.position_RK, peers, wire, back.weight_RK, back.scalar_X, back.start, layout.arrive_D
+        )
+        box.barrier()
+        self.transport.count(self.passes[1], self.counts.arrived, self.counts.sent, wire)
+
+    def returned(self) -> Tensor | None:
+        """As `Exchange.returned`: a view of the shared buffer, good until the next pass back."""
+        if self._wire_back is None:
+            return None
+        return self.transport.boxes[1].rows(self.counts.sent, self._wire_back)
+
+
+class SymmetricBox:
+    """A buffer in symmetric memory, alike on all devices of a group, that grows and never shrinks."""
+
+    address_D: Tensor
+    """[D] int64, where it begins in each device's memory, as seen from here."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.nbytes = 0
+        self._memory: Any = None
+        self._handle: Any = None
+
+    @classmethod
+    def of(cls, grid: Grid, name: str) -> "SymmetricBox":
+        """The box of this name that all layers of a group share."""
+        return _BOXES.setdefault((grid.expert_group, name), cls(grid))
+
+    def reserve(self, nbytes: int, agreed: bool) -> None:
+        """Make room for nbytes. Collective when it grows.
+
+        Args:
+            agreed: all ranks ask for the same number; else they agree on the largest, but only while there is none.
+        """
+        if self.nbytes and (nbytes <= self.nbytes or not agreed):
+            return
+        if not agreed:
+            wanted = torch.tensor([nbytes], device=_device())
+            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.grid.expert_group)
+            nbytes = int(wanted)
+        if nbytes > self.nbytes:
+            self._grow(-(-nbytes // 2**20) * 2**20)
+
+    def _grow(self, nbytes: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        torch.cuda.synchronize()
+        dist.barrier(group=self.grid.expert_group)
+        self._memory = symmetric.empty(nbytes, dtype=torch.uint8, device=_device())
+        self._handle = symmetric.rendezvous(self._memory, self.grid.expert_group)
+        self.address_D = torch.tensor([int(a) for a in self._handle.buffer_ptrs], device=_device())
+        self.nbytes = nbytes
+
+    def rows(self, count: int, wire: Wire) -> Tensor:
+        """The first rows on the wire [count, W], a view."""
+        if count == 0:
+            return torch.empty(0, wire.width, dtype=wire.dtype, device=_device())
+        return self._memory[: count * wire.nbytes].view(wire.dtype).view(count, wire.width)
+
+    def barrier(self) -> None:
+        """All devices of the group have come this far, on their current streams."""
+        self._handle.barrier(channel=0)
+
+
+_BOXES: dict[tuple[Any, str], SymmetricBox] = {}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
