@@ -3,6 +3,7 @@
 import typer
 
 from occult_train.tools.bench.command import layer
+from occult_train.tools.bench.step_command import step
 
 app = typer.Typer(
     help="Measure a layer or whole training steps against other implementations.",
@@ -10,8 +11,4 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("layer")(layer)
-
-
-@app.callback()
-def _bench() -> None:
-    """Keeps `bench` a group with whatever number of commands."""
+app.command("step")(step)

@@ -1,6 +1,7 @@
-"""Command lines of `occult bench`."""
+"""Command line of `occult bench layer`, and what it shares with `occult bench step`."""
 
 import itertools
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from occult_train.distributed import first_number
 from occult_train.errors import UserError
 from occult_train.launcher.plan import count_gpus
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
-from occult_train.tools.bench.shapes import SHAPES, parse_routing, parse_shape
+from occult_train.tools.bench.shapes import LAYER_SYSTEMS, SHAPES, LayerTask, parse_routing, parse_shape, parse_system
 
 LAYER_COLUMNS = (
     *("system", "shape", "hidden", "intermediate", "experts", "top_k", "tokens", "ranks", "routing", "dtype", "p2p"),
@@ -57,6 +59,37 @@ def split(text: str) -> list[str]:
     return text.split()
 
 
+def count_ranks(ep: int, cpu: bool) -> int:
+    """Ranks to start: those asked for, else two on CPU and all GPUs elsewhere.
+
+    Raises:
+        UserError: there are not as many GPUs.
+    """
+    if (world := first_number(("WORLD_SIZE",), 0)) and "RANK" in os.environ:
+        if ep not in (0, world):
+            raise UserError(f"--ep={ep}, but {world} ranks were started")
+        return world
+    if cpu:
+        return ep or 2
+    gpus = count_gpus()
+    if not gpus:
+        raise UserError("there is no GPU here; --cpu makes a dry run")
+    if ep > gpus:
+        raise UserError(f"--ep={ep} needs as many GPUs; there are {gpus}")
+    return ep or gpus
+
+
+def nccl_environment(p2p: str) -> dict[str, str]:
+    """Variables for `--p2p`.
+
+    Raises:
+        UserError: neither on nor off.
+    """
+    if p2p not in ("on", "off"):
+        raise UserError(f"--p2p={p2p} is neither on nor off")
+    return {"NCCL_P2P_DISABLE": "1"} if p2p == "off" else {}
+
+
 def layer(
     shape: Annotated[str, typer.Option(help="Names or H,F,E,K, separated by blanks.")] = " ".join(SHAPES),
     system: Annotated[
@@ -78,15 +111,13 @@ def layer(
     csv: Annotated[Path | None, typer.Option(help="Write all columns there.")] = None,
 ) -> int:
     """Compare one mixture-of-experts layer, ours and others', on the same problem. All lists are split at blanks."""
-    from occult_train.tools.bench.layer import LayerTask, check_system
-
     for text in split(system):
-        check_system(text)
+        parse_system(text, LAYER_SYSTEMS)
     for text in split(routing):
         parse_routing(text)
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype={dtype} is neither bfloat16 nor float32")
-    ranks = _ranks(ep, cpu)
+    ranks = count_ranks(ep, cpu)
     tasks = [
         LayerTask(name, parse_shape(size), count, law, ranks, dtype, seconds, breakdown)
         for count, law, size, name in itertools.product(
@@ -95,7 +126,7 @@ def layer(
     ]
     rows: list[Row] = []
     started = time.monotonic()
-    launch = Launch(ranks, cpu, _environment(p2p), limit)
+    launch = Launch(ranks, cpu, nccl_environment(p2p), limit)
     for index, row, error in run_tasks("occult_train.tools.bench.layer:measure", tasks, launch):
         task = tasks[index]
         row = row or {
@@ -110,25 +141,9 @@ def layer(
         _progress(rows[-1], time.monotonic() - started)
         if csv is not None:
             write_csv(csv, LAYER_COLUMNS, [{k: v for k, v in r.items() if k != "top"} for r in rows])
-    _show_layers(rows, split(system)[0])
+    if rows:
+        _show_layers(rows, split(system)[0])
     return 1 if any(row.get("error") for row in rows) else 0
-
-
-def _ranks(ep: int, cpu: bool) -> int:
-    if cpu:
-        return ep or 2
-    gpus = count_gpus()
-    if not gpus:
-        raise UserError("there is no GPU here; --cpu makes a dry run")
-    if ep > gpus:
-        raise UserError(f"--ep={ep} needs as many GPUs; there are {gpus}")
-    return ep or gpus
-
-
-def _environment(p2p: str) -> dict[str, str]:
-    if p2p not in ("on", "off"):
-        raise UserError(f"--p2p={p2p} is neither on nor off")
-    return {"NCCL_P2P_DISABLE": "1"} if p2p == "off" else {}
 
 
 def _progress(row: Row, seconds: float) -> None:

@@ -6,20 +6,19 @@ Every system gets equal weights and inputs and must give the right outputs and g
 import gc
 import importlib.metadata
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from occult_train.errors import UserError
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench import peers, systems
 from occult_train.tools.bench.breakdown import profile_kernels
 from occult_train.tools.bench.problem import Answer, Problem, make_problem, relative, right_answer
-from occult_train.tools.bench.shapes import Shape
-from occult_train.tools.bench.systems import Build, Layer, Unavailable, parse_system
+from occult_train.tools.bench.shapes import LAYER_SYSTEMS, LayerTask, Shape, parse_system
+from occult_train.tools.bench.systems import Build, Layer, Unavailable
 from occult_train.tools.bench.timing import (
     Clock,
     counted_all_to_all,
@@ -45,29 +44,6 @@ LIMITS = {
 WARMUP = 3
 
 
-@dataclass(frozen=True)
-class LayerTask:
-    """One system on one problem."""
-
-    system: str
-    shape: Shape
-    tokens: int
-    """Of a rank."""
-    routing: str
-    ranks: int
-    dtype: str
-    seconds: float
-    """Spent repeating forward, and again forward and backward."""
-    breakdown: bool
-
-
-def check_system(text: str) -> None:
-    """Raise UserError unless the text names a system."""
-    name, _ = parse_system(text)
-    if name not in BUILDS:
-        raise UserError(f"system {name!r} is not one of {', '.join(BUILDS)}")
-
-
 def measure(task: LayerTask) -> dict[str, Any]:
     """A row of results, the same on every rank; with `error` and no numbers if the system is not right. Collective."""
     gc.collect()
@@ -77,7 +53,7 @@ def measure(task: LayerTask) -> dict[str, Any]:
     problem, answer = _problem(task.shape, task.tokens, task.routing, task.ranks, task.dtype, device)
     used = device_memory_used()
     try:
-        name, options = parse_system(task.system)
+        name, options = parse_system(task.system, LAYER_SYSTEMS)
         layer = BUILDS[name](problem, options)
     except Unavailable as error:
         return row | {"error": str(error)}

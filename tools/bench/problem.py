@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from occult_train.parallel.grid import Grid
-from occult_train.tools.bench.shapes import Shape, draw_experts, parse_routing, popularity
+from occult_train.tools.bench.routing import draw_experts, popularity
+from occult_train.tools.bench.shapes import Shape, parse_routing
 
 Swiglu = tuple[Tensor, Tensor, Tensor]
 """Weights or gradients of one expert: gate [F, H], down [H, F], up [F, H]."""
@@ -168,6 +169,6 @@ def _sum_over_peers(problem: Problem, gradients: Swiglu) -> Swiglu:
 
 def relative(got: Tensor, right: Tensor) -> float:
     """‖got - right‖ / ‖right‖ (the norm of `got` itself where `right` is zero); NaN counts as infinitely wrong."""
-    wide = right.float()
-    error = float((got.float() - wide).norm() / (float(wide.norm()) or 1.0))
+    got, right = got.detach().float(), right.float()
+    error = float((got - right).norm()) / (float(right.norm()) or 1.0)
     return error if error == error else float("inf")

@@ -57,15 +57,30 @@ class Job:
 def run_tasks(function: str, tasks: Sequence[Any], launch: Launch) -> Iterator[tuple[int, Any, str]]:
     """Do `function` (module:name) of each task on all ranks.
 
+    Under torchrun the ranks are there already: they do the tasks, unwatched, and only rank 0 yields.
+
     Yields:
         (index of the task, what rank 0 returned (JSON), error); one of the two is None or empty. In order.
     """
     left = list(enumerate(tasks))
+    if "RANK" in os.environ:
+        yield from _run_here(function, left, launch)
+        return
     while left:
         with tempfile.TemporaryDirectory(prefix="occult-bench-") as name, _Ranks(function, left, launch, name) as ranks:
             for index, result, error in ranks.results():
                 left = [(i, task) for i, task in left if i != index]
                 yield index, result, error
+
+
+def _run_here(function: str, tasks: list[tuple[int, Any]], launch: Launch) -> Iterator[tuple[int, Any, str]]:
+    os.environ.update(launch.environment)
+    distributed.initialize("gloo" if launch.cpu else "nccl")
+    for index, task in tasks:
+        result = call(function)(task)
+        if os.environ["RANK"] == "0":
+            yield index, result, ""
+    distributed.shutdown()
 
 
 class _Ranks:

@@ -136,19 +136,3 @@ def build_torch(problem: Problem, options: dict[str, str]) -> Layer:
         router_gradient=lambda: layer.router.grad,
         expert_gradient=lambda i: (layer.w1[i].grad, layer.w2[i].grad, layer.w3[i].grad),
     )
-
-
-def parse_system(text: str) -> tuple[str, dict[str, str]]:
-    """A system's name, and its options after a colon: `ours:transport=nccl,chunks=2`.
-
-    Raises:
-        UserError: an option is not NAME=VALUE.
-    """
-    name, _, rest = text.partition(":")
-    options = {}
-    for option in filter(None, rest.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"system {text!r}: option {option!r} is not NAME=VALUE")
-        options[key] = value
-    return name, options
