@@ -79,7 +79,7 @@ def break_down(kernels: list[Kernel], repetitions: int, top: int = 12) -> Breakd
 def profile_kernels(run: Callable[[int], Any], repetitions: int = 5) -> Breakdown:
     """Profile `run(i)`, back to back and warm, on a GPU. Collective if `run` is."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for i in range(repetitions):
             run(i)
         torch.cuda.synchronize()

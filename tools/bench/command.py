@@ -90,6 +90,11 @@ def nccl_environment(p2p: str) -> dict[str, str]:
     return {"NCCL_P2P_DISABLE": "1"} if p2p == "off" else {}
 
 
+def base_failed(rows: list[Row], base: str) -> int:
+    """Exit code: 1 if the system that others are compared with has no numbers somewhere."""
+    return int(any(row["system"] == base and row.get("error") for row in rows))
+
+
 def layer(
     shape: Annotated[str, typer.Option(help="Names or H,F,E,K, separated by blanks.")] = " ".join(SHAPES),
     system: Annotated[
@@ -143,7 +148,7 @@ def layer(
             write_csv(csv, LAYER_COLUMNS, [{k: v for k, v in r.items() if k != "top"} for r in rows])
     if rows:
         _show_layers(rows, split(system)[0])
-    return 1 if any(row.get("error") for row in rows) else 0
+    return base_failed(rows, split(system)[0])
 
 
 def _progress(row: Row, seconds: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from occult_train.errors import UserError
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench import peers, systems
 from occult_train.tools.bench.breakdown import profile_kernels
@@ -29,18 +30,15 @@ from occult_train.tools.bench.timing import (
 
 BUILDS: dict[str, Build] = {
     "ours": systems.build_ours,
-    "ours-reference": systems.build_ours,
+    "ours-reference": systems.build_reference,
     "torch": systems.build_torch,
     "autoep": peers.build_autoep,
     "deepspeed-moe": peers.build_deepspeed_moe,
     "scattermoe": peers.build_scattermoe,
     "megablocks": peers.build_megablocks,
 }
-LIMITS = {
-    torch.bfloat16: {"y": 0.02, "dx": 0.02, "dw": 0.02, "router": 0.06},
-    torch.float32: {"y": 1e-4, "dx": 1e-4, "dw": 1e-4, "router": 1e-4},
-}
-"""Largest ‖got - right‖ / ‖right‖ of outputs and gradients."""
+LIMITS = {torch.bfloat16: 0.015, torch.float32: 1e-5}
+"""Largest ‖got - right‖ / ‖right‖ of outputs and gradients; measured at most 0.0062 and 3.3e-7."""
 WARMUP = 3
 
 
@@ -49,20 +47,20 @@ def measure(task: LayerTask) -> dict[str, Any]:
     gc.collect()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     row = _description(task)
-    clock, peak = _clock(device, getattr(torch, task.dtype))
+    clock, peak = _clock(device, task.dtype, task.ranks)
     problem, answer = _problem(task.shape, task.tokens, task.routing, task.ranks, task.dtype, device)
     used = device_memory_used()
     try:
         name, options = parse_system(task.system, LAYER_SYSTEMS)
         layer = BUILDS[name](problem, options)
-    except Unavailable as error:
+    except (Unavailable, UserError) as error:
         return row | {"error": str(error)}
     errors, sent = _check(problem, answer, layer)
     row |= {f"error_{k}": v for k, v in errors.items()} | {"note": layer.note, "sent_bytes": sent, "peak_tflops": peak}
-    limits = LIMITS[problem.dtype]
-    wrong = [f"{k} {v:.2g} > {limits[k]:g}" for k, v in errors.items() if v > limits[k]]
+    limit = LIMITS[problem.dtype]
+    wrong = [f"{name} is off by {error:.2g}" for name, error in errors.items() if error > limit]
     if wrong:
-        return row | {"error": f"not right: {', '.join(wrong)}"}
+        return row | {"error": f"not right: {', '.join(wrong)} (limit {limit:g})"}
     row |= _measure_times(task, problem, layer, clock, peak)
     if clock.gpu:
         row["kept_bytes"] = device_memory_used() - used - sum(p.numel() * p.element_size() for p in layer.parameters)
@@ -136,12 +134,13 @@ def _problem(
 
 
 @lru_cache(maxsize=1)
-def _clock(device: torch.device, dtype: torch.dtype) -> tuple[Clock, float]:
+def _clock(device: torch.device, dtype: str, ranks: int) -> tuple[Clock, float]:
+    """The clock, and the peak of matrix products by it."""
     clock = Clock(device)
-    # what NCCL allocates at its first exchange must not count as some system's
-    some = torch.zeros(dist.get_world_size(), device=device)
-    dist.all_to_all_single(torch.empty_like(some), some)
-    return clock, matmul_peak(clock, dtype)
+    # what NCCL allocates at a group's first exchange must not count as the first system's
+    some = torch.zeros(ranks, 2**20, device=device)
+    dist.all_to_all_single(torch.empty_like(some), some, group=Grid.create(ranks).expert_group)
+    return clock, matmul_peak(clock, getattr(torch, dtype))
 
 
 def _description(task: LayerTask) -> dict[str, Any]:

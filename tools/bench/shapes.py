@@ -90,6 +90,7 @@ class StepTask:
     """One trainer at one number of accumulation steps."""
 
     system: str
+    shape: str
     settings: tuple[str, ...]
     """Overrides of our Config that describe model, batch and optimizer for all trainers."""
     accumulation: int

@@ -131,7 +131,7 @@ def _description(task: StepTask, config: Config) -> dict[str, Any]:
     model = config.model
     return {
         "system": task.system,
-        "shape": f"{model.hidden_size}x{model.intermediate_size}x{model.num_experts}x{model.num_experts_per_tok}",
+        "shape": task.shape,
         "layers": model.num_hidden_layers,
         "sequence": config.data.sequence_length,
         "micro": config.train.micro_batch_size,

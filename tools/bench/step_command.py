@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from occult_train.tools.bench.command import PARTS, count_ranks, nccl_environment, split
+from occult_train.tools.bench.command import PARTS, base_failed, count_ranks, nccl_environment, split
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
 from occult_train.tools.bench.shapes import STEP_SYSTEMS, Shape, StepTask, parse_shape, parse_system
@@ -88,15 +88,23 @@ def step(
     for name in names:
         parse_system(name, STEP_SYSTEMS)
     ranks = count_ranks(ep, cpu)
-    settings = tuple(step_settings(parse_shape(shape), layers, sequence, micro, vocabulary, ranks))
+    experts = parse_shape(shape)
+    settings = tuple(step_settings(experts, layers, sequence, micro, vocabulary, ranks))
     launch = Launch(ranks, cpu, nccl_environment(p2p), limit)
     rows: list[Row] = []
     expected: tuple[float, float] | None = None
     started = time.monotonic()
     for name in names:
-        tasks = [StepTask(name, settings, int(a), seconds, expected, breakdown) for a in split(accumulation)]
+        tasks = [
+            StepTask(name, experts.name, settings, int(a), seconds, expected, breakdown) for a in split(accumulation)
+        ]
         for index, row, error in run_tasks("occult_train.tools.bench.step:measure", tasks, launch):
-            failed = {"system": name, "shape": shape, "accumulation": tasks[index].accumulation, "error": error.strip()}
+            failed = {
+                "system": name,
+                "shape": experts.name,
+                "accumulation": tasks[index].accumulation,
+                "error": error.strip(),
+            }
             rows.append((row or failed) | {"date": time.strftime("%Y-%m-%d")})
             _progress(rows[-1], time.monotonic() - started)
             if csv is not None:
@@ -105,7 +113,7 @@ def step(
                 expected = row["first_loss"], row["first_norm"]
     if rows:
         _show_steps(rows, names[0], f"{layers} layers {shape}, {micro} x {sequence} tokens, {ranks} ranks, P2P {p2p}")
-    return 1 if any(row.get("error") for row in rows) else 0
+    return base_failed(rows, names[0])
 
 
 def _progress(row: Row, seconds: float) -> None:

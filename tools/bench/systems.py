@@ -46,15 +46,22 @@ def normalised_top_k(x_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[Tenso
     return best.values / best.values.sum(dim=-1, keepdim=True), best.indices
 
 
+_READ: dict[Any, Callable[[str], Any]] = {int: int, bool: lambda text: text in ("1", "true")}
+
+
 def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
-    """Our layer; `options` are fields of MoEOptions."""
+    """Our layer; `options` are fields of MoEOptions.
+
+    Raises:
+        UserError: MoEOptions has no such field.
+    """
     shape, grid = problem.shape, problem.grid
     settings: dict[str, Any] = {"dispatcher": "dedup" if grid.expert_size > 1 else "local"}
     known = {field.name: field.type for field in fields(MoEOptions)}
     for name, value in options.items():
         if name not in known:
             raise UserError(f"ours:{name}={value}: our layer has no option {name}, only {', '.join(known)}")
-        settings[name] = int(value) if known[name] in (int, "int") else value
+        settings[name] = _READ.get(known[name], str)(value)
     made = MoEOptions(
         hidden=shape.hidden,
         intermediate=shape.intermediate,
@@ -82,6 +89,12 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         sent=lambda: sum(layer.dispatcher.traffic.drain().bytes_sent.values()),
         note=" ".join(f"{k}={v}" for k, v in settings.items()),
     )
+
+
+def build_reference(problem: Problem, options: dict[str, str]) -> Layer:
+    """Our layer in plain torch, which is all there is where MoEOptions has no `backend`."""
+    chosen = {"backend": "reference"} if any(field.name == "backend" for field in fields(MoEOptions)) else {}
+    return build_ours(problem, chosen | options)
 
 
 class PlainExperts(nn.Module):
