@@ -2,7 +2,7 @@
 
 import typer
 
-from occult_train.tools.bench.command import layer
+from occult_train.tools.bench.layer_command import layer
 from occult_train.tools.bench.step_command import step
 
 app = typer.Typer(

@@ -73,8 +73,6 @@ def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
 def build_deepspeed_moe(problem: Problem, options: dict[str, str]) -> Layer:
     """DeepSpeed's own MoE with capacities large enough that no token is dropped."""
     shape, ranks = problem.shape, problem.grid.expert_size
-    if shape.top_k == 1:
-        raise Unavailable("deepspeed.moe does not normalise the weights of top-1 routing, as the others do")
     with torch.device(problem.device):
         layer = MoE(
             shape.hidden,

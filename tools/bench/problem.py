@@ -121,7 +121,7 @@ def right_answer(problem: Problem) -> Answer:
     """
     batch, k = problem.batches[0], problem.shape.top_k
     x_TH = batch.x_TH.detach().float().requires_grad_()
-    router_EH = problem.router_EH.float().requires_grad_()
+    router_EH = problem.router_EH.detach().float().requires_grad_()
     best = F.linear(x_TH, router_EH).softmax(-1).topk(k)
     if not torch.equal(best.indices.sort(dim=1).values, batch.experts_TK):
         raise RuntimeError("the router does not choose the experts that the problem was made for")
@@ -134,7 +134,9 @@ def right_answer(problem: Problem) -> Answer:
         token, column = (best.indices == expert).nonzero(as_tuple=True)
         rows = x_TH.detach()[token].requires_grad_()
         share = weights_TK.detach()[token, column].requires_grad_()
-        w1, w2, w3 = (w[expert].float().requires_grad_() for w in (problem.w1_EFH, problem.w2_EHF, problem.w3_EFH))
+        w1, w2, w3 = (
+            w[expert].detach().float().requires_grad_() for w in (problem.w1_EFH, problem.w2_EHF, problem.w3_EFH)
+        )
         out = share[:, None] * F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
         asked = (rows, share, w1, w2, w3) if expert in probes else (rows, share)
         drows, dshare, *dw = torch.autograd.grad(out, asked, batch.dy_TH.float()[token])

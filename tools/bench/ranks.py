@@ -25,6 +25,8 @@ from typing import Any
 from occult_train import distributed
 
 POLL = 0.1
+READY = "ready"
+"""The line that rank 0 writes before its first result."""
 TAIL = 15
 """Lines of a rank's log that are shown when it dies without a traceback."""
 
@@ -119,32 +121,35 @@ class _Ranks:
 
     def results(self) -> Iterator[tuple[int, Any, str]]:
         """As `run_tasks`."""
-        waiting, read = [index for index, _ in self.tasks], 0
-        deadline = time.monotonic() + self.launch.start_seconds + self.launch.task_seconds
+        waiting, read, limit = [index for index, _ in self.tasks], 0, self.launch.start_seconds
+        since = time.monotonic()
         while waiting:
             failure = self._failure()  # before reading: results of a rank that has died count
             *lines, _ = (self.folder / "results").read_text().split("\n")
             for line in lines[read:]:
-                yield waiting.pop(0), json.loads(line), ""
-                deadline = time.monotonic() + self.launch.task_seconds
+                if line != READY:
+                    yield waiting.pop(0), json.loads(line), ""
+                since, limit = time.monotonic(), self.launch.task_seconds
             read = len(lines)
-            if waiting and (failure or time.monotonic() > deadline):
-                yield waiting[0], None, failure or f"no result within {self.launch.task_seconds:.0f} s"
+            if waiting and (failure or time.monotonic() > since + limit):
+                yield waiting[0], None, failure or f"no result within {limit:.0f} s"
                 return
             time.sleep(POLL)
 
     def _failure(self) -> str:
-        """The first rank's traceback, or the end of its log; empty while all run."""
-        report = self.folder / "error"
-        dead = [(rank, p.returncode) for rank, p in enumerate(self.processes) if p.poll()]
-        if not dead:
+        """What ended the first rank; empty while all run."""
+        if not any(process.poll() for process in self.processes):
             return ""
-        time.sleep(5 * POLL)
-        if report.exists() and (text := report.read_text()):
-            return text
-        rank, code = dead[0]
+        time.sleep(5 * POLL)  # peers may be about to report
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
+        report = self.folder / "error"
+        # a rank that reports ends with 1; one that was killed comes before the peers that miss it
+        killed = [rank for rank, code in codes.items() if code not in (None, 0, 1)]
+        if not killed and report.exists():
+            return report.read_text()
+        rank = killed[0] if killed else next(rank for rank, code in codes.items() if code)
         log = (self.folder / f"log-{rank}").read_text(errors="replace").splitlines()[-TAIL:]
-        return f"rank {rank} ended with exit code {code}\n" + "\n".join(log)
+        return "\n".join((f"rank {rank} ended with exit code {codes[rank]}", *log))
 
 
 def call(function: str) -> Callable[[Any], Any]:
@@ -164,6 +169,8 @@ def main(folder: Path) -> None:
         distributed.initialize(backend, timeout=timedelta(seconds=max(job.timeout, 60)))
         function = call(job.function)
         with (folder / "results").open("a") as results:
+            if rank == 0:
+                print(READY, file=results, flush=True)
             for _, task in job.tasks:
                 result = function(task)
                 if rank == 0:

@@ -36,7 +36,7 @@ def parse_shape(text: str) -> Shape:
     """A shape by its name, or `H,F,E,K`.
 
     Raises:
-        UserError: neither, or a token would need more experts than there are.
+        UserError: neither, or weights that sum to 1 leave nothing to learn (K = 1), or there are not K experts.
     """
     if text in SHAPES:
         return SHAPES[text]
@@ -44,8 +44,8 @@ def parse_shape(text: str) -> Shape:
         hidden, intermediate, experts, top_k = (int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"shape {text!r} is neither H,F,E,K nor one of {', '.join(SHAPES)}") from None
-    if min(hidden, intermediate, experts, top_k) < 1 or top_k > experts:
-        raise UserError(f"shape {text!r} needs positive numbers H,F,E,K with K <= E")
+    if min(hidden, intermediate) < 1 or not 2 <= top_k <= experts:
+        raise UserError(f"shape {text!r} needs positive H and F and 2 <= K <= E (the weight of one expert alone is 1)")
     return Shape(text.replace(",", "x"), hidden, intermediate, experts, top_k)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from occult_train.tools.bench.command import PARTS, base_failed, count_ranks, nccl_environment, split
+from occult_train.tools.bench.layer_command import PARTS, base_failed, count_ranks, counts, nccl_environment, split
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
 from occult_train.tools.bench.shapes import STEP_SYSTEMS, Shape, StepTask, parse_shape, parse_system
@@ -87,6 +87,7 @@ def step(
     names = split(system)
     for name in names:
         parse_system(name, STEP_SYSTEMS)
+    micros = counts("--accumulation", accumulation)
     ranks = count_ranks(ep, cpu)
     experts = parse_shape(shape)
     settings = tuple(step_settings(experts, layers, sequence, micro, vocabulary, ranks))
@@ -95,10 +96,8 @@ def step(
     expected: tuple[float, float] | None = None
     started = time.monotonic()
     for name in names:
-        tasks = [
-            StepTask(name, experts.name, settings, int(a), seconds, expected, breakdown) for a in split(accumulation)
-        ]
-        for index, row, error in run_tasks("occult_train.tools.bench.step:measure", tasks, launch):
+        tasks = [StepTask(name, experts.name, settings, a, seconds, expected, breakdown) for a in micros]
+        for index, row, error in run_tasks("occult_train.tools.bench.measure_step:measure", tasks, launch):
             failed = {
                 "system": name,
                 "shape": experts.name,

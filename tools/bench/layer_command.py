@@ -59,6 +59,18 @@ def split(text: str) -> list[str]:
     return text.split()
 
 
+def counts(name: str, text: str) -> list[int]:
+    """Positive whole numbers separated by blanks.
+
+    Raises:
+        UserError: something else is among them.
+    """
+    items = split(text)
+    if not items or not all(item.isdecimal() and int(item) for item in items):
+        raise UserError(f"{name}={text!r} must be positive whole numbers separated by blanks")
+    return [int(item) for item in items]
+
+
 def count_ranks(ep: int, cpu: bool) -> int:
     """Ranks to start: those asked for, else two on CPU and all GPUs elsewhere.
 
@@ -126,13 +138,13 @@ def layer(
     tasks = [
         LayerTask(name, parse_shape(size), count, law, ranks, dtype, seconds, breakdown)
         for count, law, size, name in itertools.product(
-            map(int, split(tokens)), split(routing), split(shape), split(system)
+            counts("--tokens", tokens), split(routing), split(shape), split(system)
         )
     ]
     rows: list[Row] = []
     started = time.monotonic()
     launch = Launch(ranks, cpu, nccl_environment(p2p), limit)
-    for index, row, error in run_tasks("occult_train.tools.bench.layer:measure", tasks, launch):
+    for index, row, error in run_tasks("occult_train.tools.bench.measure_layer:measure", tasks, launch):
         task = tasks[index]
         row = row or {
             "system": task.system,
