@@ -16,8 +16,9 @@ TOOLS = {
     "export": "Write a checkpoint as a Hugging Face model.",
     "generate": "Continue a prompt with a trained model.",
     "report": "Sum up a run.",
+    "bench": "Measure layers and training steps against other implementations.",
 }
-"""Commands that live in `occult_train.tools.<name>` as the function `command`."""
+"""Commands that live in `occult_train.tools.<name>` as the function `command`, or groups of commands as `app`."""
 
 
 class LazyGroup(TyperGroup):
@@ -59,9 +60,12 @@ def _load(name: str) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import otherwise
     module = f"occult_train.tools.{name}"
     try:
-        function = importlib.import_module(module).command
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"`occult {name}` needs {error.name}, which is not installed") from None
+    if hasattr(found, "app"):
+        return typer.main.get_command(found.app)
+    function = found.command
     single = typer.Typer(rich_markup_mode=None, add_completion=False)
     single.command(name, help=function.__doc__ or TOOLS[name])(function)
     return typer.main.get_command(single)

@@ -25,12 +25,13 @@ def init_weights(model: GPT, seed: int) -> None:
             continue
         if name in stacks:
             for weight, expert in zip(parameter, stacks[name], strict=True):
-                _draw(weight, std, f"{seed}/{name}/{expert}")
+                draw(weight, std, f"{seed}/{name}/{expert}")
         else:
-            _draw(parameter, std, f"{seed}/{name}")
+            draw(parameter, std, f"{seed}/{name}")
 
 
-def _draw(weight: Tensor, std: float, key: str) -> None:
+def draw(weight: Tensor, std: float, key: str) -> None:
+    """Fill a weight from N(0, std); the key, `seed/name` or `seed/name/expert`, decides the numbers."""
     generator = torch.Generator(weight.device)
     generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
     weight.normal_(0.0, std, generator=generator)

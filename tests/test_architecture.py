@@ -33,6 +33,8 @@ DEEPSPEED = {
     "occult_train/engine.py",
     "occult_train/distributed.py",
     "occult_train/testing.py",
+    "tools/bench/peers.py",
+    "tools/bench/step_systems.py",
 }
 
 

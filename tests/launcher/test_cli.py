@@ -21,7 +21,7 @@ def test_help_lists_every_command_without_importing_torch(tmp_path: Path) -> Non
     code += "print([m for m in ('torch', 'deepspeed', 'numpy', 'omegaconf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]"
-    for name in ("train", "demo", "prepare", "export", "generate", "report"):
+    for name in ("train", "demo", "prepare", "export", "generate", "report", "bench"):
         assert f"\n  {name} " in done.stdout
 
 

@@ -1,0 +1,118 @@
+"""What is measured, as data, and how it is typed: layer shapes, routing laws, systems with options."""
+
+import math
+from dataclasses import dataclass
+
+from occult_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of SwiGLU experts: H model width, F expert width, E experts, K experts a token."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs of the experts' matrix products of a forward pass; forward and backward together are three times it."""
+        return 6 * self.hidden * self.intermediate * self.top_k * tokens
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("olmoe", 2048, 1024, 64, 8),
+        Shape("deepseek-moe-16b", 2048, 1408, 64, 6),
+        Shape("qwen1.5-moe", 2048, 1408, 60, 4),
+        Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    )
+}
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape by its name, or `H,F,E,K`.
+
+    Raises:
+        UserError: neither, or weights that sum to 1 leave nothing to learn (K = 1), or there are not K experts.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        hidden, intermediate, experts, top_k = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"shape {text!r} is neither H,F,E,K nor one of {', '.join(SHAPES)}") from None
+    if min(hidden, intermediate) < 1 or not 2 <= top_k <= experts:
+        raise UserError(f"shape {text!r} needs positive H and F and 2 <= K <= E (the weight of one expert alone is 1)")
+    return Shape(text.replace(",", "x"), hidden, intermediate, experts, top_k)
+
+
+def parse_routing(text: str) -> float:
+    """Zipf's exponent of `uniform` (0) or `zipf:S`.
+
+    Raises:
+        UserError: not one of them.
+    """
+    kind, colon, value = text.partition(":")
+    try:
+        exponent = float(value) if colon else 0.0
+    except ValueError:
+        exponent = math.nan
+    if (kind, bool(colon)) not in (("uniform", False), ("zipf", True)) or not 0 <= exponent < math.inf:
+        raise UserError(f"routing {text!r} is neither uniform nor zipf:S with a number S >= 0")
+    return exponent
+
+
+LAYER_SYSTEMS = ("ours", "ours-reference", "torch", "autoep", "deepspeed-moe", "scattermoe", "megablocks")
+STEP_SYSTEMS = ("ours", "autoep", "fsdp")
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One system on one layer."""
+
+    system: str
+    shape: Shape
+    tokens: int
+    """Of a rank."""
+    routing: str
+    ranks: int
+    dtype: str
+    seconds: float
+    """Spent repeating forward, and again forward and backward."""
+    breakdown: bool
+
+
+@dataclass(frozen=True)
+class StepTask:
+    """One trainer at one number of accumulation steps."""
+
+    system: str
+    shape: str
+    settings: tuple[str, ...]
+    """Overrides of our Config that describe model, batch and optimizer for all trainers."""
+    accumulation: int
+    seconds: float
+    expected: tuple[float, float] | None
+    """Loss and gradient norm of the first step of another trainer, with the same weights and tokens."""
+    breakdown: bool
+
+
+def parse_system(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """A system's name, one of `known`, and its options after a colon: `ours:transport=nccl,chunks=2`.
+
+    Raises:
+        UserError: unknown, or an option is not NAME=VALUE.
+    """
+    name, _, rest = text.partition(":")
+    if name not in known:
+        raise UserError(f"system {name!r} is not one of {', '.join(known)}")
+    options = {}
+    for option in filter(None, rest.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"system {text!r}: option {option!r} is not NAME=VALUE")
+        options[key] = value
+    return name, options
