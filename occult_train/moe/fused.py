@@ -8,6 +8,7 @@ values; and (2K + D)·T integers of 4 bytes. No expanded copy of rows, no expert
 pre-activations are not kept either.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,10 @@ from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
 MATMULS: dict[str, ModuleType] = {"library": library_matmul, "triton": triton_matmul}
-TRANSPORTS = {"collective": CollectiveTransport, "symmetric": SymmetricTransport}
+TRANSPORTS: dict[str, Callable[[Grid, Traffic], Transport]] = {
+    "collective": CollectiveTransport,
+    "symmetric": SymmetricTransport,
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class _Fused(torch.autograd.Function):
             y_XH = layer.matmul.nt(swiglu.forward(gate, up), w2, ends)
             if segment.own:
                 own_y = [y_XH]
-            if arrived is not None:
+            if arrived is not None and segment.chunk is not None:
                 position, weight = out.extra(arrived, 0, torch.int32), out.extra(arrived, 1, torch.float32)
                 exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight), back)
             if keep and not layer.recompute:
@@ -167,7 +171,7 @@ class _Fused(torch.autograd.Function):
             swiglu.backward(gate, up, grad, weight_X, both_X2F[here], weighted_XF[here], scalar)
             del gate, up, grad
             dx_rows = _input_gradient(layer, both_X2F[here], w1, w3, ends)
-            if arrived is not None:
+            if arrived is not None and segment.chunk is not None:
                 position = first.extra(arrived, 0, torch.int32)
                 exchange.give_back(segment.chunk, Back(dx_rows, position, segment.start, scalar_X=scalar), back)
             if segment.own:

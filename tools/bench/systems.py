@@ -11,6 +11,7 @@ from torch.distributed.nn import functional as collectives
 from torch.nn import functional as F
 
 from occult_train.errors import UserError
+from occult_train.moe.choose import Shape, Wanted, can_run_kernels, choose
 from occult_train.moe.layer import MoELayer, MoEOptions
 from occult_train.moe.placement import Placement
 from occult_train.tools.bench.problem import Problem, Swiglu
@@ -46,22 +47,34 @@ def normalised_top_k(x_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[Tenso
     return best.values / best.values.sum(dim=-1, keepdim=True), best.indices
 
 
+WAYS = tuple(field.name for field in fields(Wanted))
+
 _READ: dict[Any, Callable[[str], Any]] = {int: int, bool: lambda text: text in ("1", "true")}
 
 
 def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
-    """Our layer; `options` are fields of MoEOptions.
+    """Our layer; `options` are fields of MoEOptions, `backend`, and those of `Wanted`, which choose its way.
 
     Raises:
-        UserError: MoEOptions has no such field.
+        UserError: there is no such option, or it does not work here.
     """
     shape, grid = problem.shape, problem.grid
     settings: dict[str, Any] = {"dispatcher": "dedup" if grid.expert_size > 1 else "local"}
-    known = {field.name: field.type for field in fields(MoEOptions)}
+    known = {field.name: field.type for field in fields(MoEOptions)} | dict.fromkeys(("backend", *WAYS), str)
     for name, value in options.items():
         if name not in known:
             raise UserError(f"ours:{name}={value}: our layer has no option {name}, only {', '.join(known)}")
         settings[name] = _READ.get(known[name], str)(value)
+    wanted = Wanted(**{name: settings.pop(name) for name in WAYS if name in settings})
+    note = " ".join(f"{k}={v}" for k, v in settings.items())
+    if settings.pop("backend", "fused" if can_run_kernels() else "reference") == "fused":
+        tokens = problem.batches[0].x_TH.shape[0]
+        sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, tokens)
+        try:
+            settings["way"], chosen = choose(Shape(*sizes, problem.dtype), grid, wanted)
+        except ValueError as error:
+            raise UserError(f"ours: {error}") from None
+        note = f"{note} {chosen}"
     made = MoEOptions(
         hidden=shape.hidden,
         intermediate=shape.intermediate,
@@ -87,14 +100,13 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         router_gradient=lambda: layer.router.weight.grad,
         expert_gradient=lambda i: (experts.w1.grad[i], experts.w2.grad[i], experts.w3.grad[i]),
         sent=lambda: sum(layer.dispatcher.traffic.drain().bytes_sent.values()),
-        note=" ".join(f"{k}={v}" for k, v in settings.items()),
+        note=note,
     )
 
 
 def build_reference(problem: Problem, options: dict[str, str]) -> Layer:
-    """Our layer in plain torch, which is all there is where MoEOptions has no `backend`."""
-    chosen = {"backend": "reference"} if any(field.name == "backend" for field in fields(MoEOptions)) else {}
-    return build_ours(problem, chosen | options)
+    """Our layer in plain torch."""
+    return build_ours(problem, {"backend": "reference"} | options)
 
 
 class PlainExperts(nn.Module):
