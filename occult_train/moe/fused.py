@@ -21,7 +21,8 @@ from occult_train.kernels.grouped_matmul import library as library_matmul
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.kernels.swiglu import kernel as swiglu
-from occult_train.moe.routes import Routes, Segment, find_routes
+from occult_train.moe.fused_steps import EXTRAS, Backward, Steps
+from occult_train.moe.routes import find_routes
 from occult_train.moe.transport import Back, CollectiveTransport, SymmetricTransport, Transport
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
@@ -88,40 +89,29 @@ class FusedExperts:
             raise ValueError(f"{x.shape[0]} tokens, slots {tuple(slots.shape)}, weights {tuple(weights.shape)}")
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What backward reads, but for the tensors that autograd keeps."""
-
-    layer: FusedExperts
-    routes: Routes
-    segments: list[Segment]
-
-
 class _Fused(torch.autograd.Function):
     """Forward: 1 routes, 2 dispatch; for each segment 3 expand, 4 gate and up, 5 SwiGLU, 6 down, 7 merge and give back;
-    8 combine at home. Backward: dy goes the way of x and dx that of y; weight gradients while dx travels."""
+    8 combine at home. Backward: see `Backward`."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, slots: Tensor, layer: FusedExperts
     ) -> Tensor:
         routes = find_routes(slots, layer.grid, layer.num_experts, layer.way.chunks)
-        out, back = (Wire(x.shape[1], slots.shape[1], x.dtype, extras) for extras in (2, 0))
+        k, keep = slots.shape[1], any(ctx.needs_input_grad)
+        out, back = Wire(x.shape[1], k, x.dtype, EXTRAS), Wire(x.shape[1], k, x.dtype, 0)
         exchange, counts = layer.transport.send(x, routes, out, ("dispatch", "combine"), weights)
-        keep = any(ctx.needs_input_grad)
+        steps = Steps(layer.matmul, layer.transport, routes, counts.segments, layer.recompute)
         kept: list[Tensor] = []
         own_y: list[Tensor] = []
         for g, segment in enumerate(counts.segments):
-            ends = routes.layout.relative_GL[g]
             arrived = None if segment.chunk is None else exchange.arrived(segment.chunk)
             if keep and arrived is not None:  # before giving back: then a peer may overwrite shared memory
                 kept += [arrived.clone() if exchange.shared else arrived]
-            x_XH = x.new_empty(segment.rows, x.shape[1])
-            for rows, position, _ in _sources(segment, x, weights, routes, arrived, out):
-                movers.expand(rows, position, x_XH, start=segment.start)
-            gate, up = _gate_up(layer, x_XH, w1, w3, ends)
+            x_XH = steps.expand(steps.sources(segment, x, weights, arrived), segment)
+            gate, up = steps.gate_up(x_XH, w1, w3, g)
             del x_XH
-            y_XH = layer.matmul.nt(swiglu.forward(gate, up), w2, ends)
+            y_XH = layer.matmul.nt(swiglu.forward(gate, up), w2, routes.layout.relative_GL[g])
             if segment.own:
                 own_y = [y_XH]
             if arrived is not None and segment.chunk is not None:
@@ -131,95 +121,10 @@ class _Fused(torch.autograd.Function):
                 kept += [gate, up]
             del gate, up, y_XH
         ctx.save_for_backward(x, weights, w1, w2, w3, *kept)
-        ctx.saved = _Saved(layer, routes, counts.segments)
+        ctx.steps = steps
         return movers.combine(own_y, routes.own_TK, exchange.returned(), routes.send_TD, back, weights)[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, w1, w2, w3, *kept = ctx.saved_tensors
-        layer, routes, segments = ctx.saved.layer, ctx.saved.routes, ctx.saved.segments
-        k, width, local, total = weights.shape[1], w1.shape[1], routes.geometry.local, segments[-1].end
-        dy = dy.contiguous()
-        out, back, first = (Wire(x.shape[1], k, x.dtype, extras) for extras in (0, 1, 2))
-        exchange, _ = layer.transport.send(dy, routes, out, ("combine_backward", "dispatch_backward"), None)
-        rows_XH, both_X2F = dy.new_empty(total, x.shape[1]), dy.new_empty(total, 2 * width)
-        weighted_XF = dy.new_empty(total, width)
-        arrivals: list[Tensor | None] = []
-        own_dx: list[Tensor] = []
-        own_scalar = None
-        waiting = iter(kept)
-        for g, segment in enumerate(segments):
-            here, ends = slice(segment.start, segment.end), routes.layout.relative_GL[g]
-            arrived = None if segment.chunk is None else next(waiting)
-            arrivals.append(arrived)
-            arrived_dy = None if segment.chunk is None else out.values(exchange.arrived(segment.chunk))
-            weight_X = torch.empty(segment.rows, dtype=torch.float32, device=dy.device)
-            x_sources = _sources(segment, x, weights, routes, arrived, first)
-            dy_sources = [dy] * segment.own + ([arrived_dy] if arrived_dy is not None else [])
-            for rows, (_, position, weight) in zip(dy_sources, x_sources, strict=True):
-                movers.expand(rows, position, rows_XH[here], weight, weight_X, segment.start)
-            if layer.recompute:
-                x_XH = x.new_empty(segment.rows, x.shape[1])
-                for rows, position, _ in x_sources:
-                    movers.expand(rows, position, x_XH, start=segment.start)
-                gate, up = _gate_up(layer, x_XH, w1, w3, ends)
-                del x_XH
-            else:
-                gate, up = next(waiting), next(waiting)
-            grad = layer.matmul.nn(rows_XH[here], w2, ends)
-            scalar = torch.empty(segment.rows, dtype=torch.float32, device=dy.device)
-            swiglu.backward(gate, up, grad, weight_X, both_X2F[here], weighted_XF[here], scalar)
-            del gate, up, grad
-            dx_rows = _input_gradient(layer, both_X2F[here], w1, w3, ends)
-            if arrived is not None and segment.chunk is not None:
-                position = first.extra(arrived, 0, torch.int32)
-                exchange.give_back(segment.chunk, Back(dx_rows, position, segment.start, scalar_X=scalar), back)
-            if segment.own:
-                own_dx, own_scalar = dx_rows, scalar
-            del dx_rows
-        dw1, dw2, dw3 = None, None, None
-        ends_GL = routes.layout.ends_GL
-        if ctx.needs_input_grad[3]:
-            dw2 = _weight_gradient(layer, rows_XH, weighted_XF, ends_GL)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
-            for segment, arrived in zip(segments, arrivals, strict=True):
-                for rows, position, _ in _sources(segment, x, weights, routes, arrived, first):
-                    movers.expand(rows, position, rows_XH[segment.start : segment.end], start=segment.start)
-            dw1 = _weight_gradient(layer, both_X2F[:, :width], rows_XH, ends_GL)
-            dw3 = _weight_gradient(layer, both_X2F[:, width:], rows_XH, ends_GL)
-        dx, dweights = movers.combine(
-            own_dx, routes.own_TK, exchange.returned(), routes.send_TD, back,
-            scalar_X=own_scalar, slots_TK=routes.slots_TK, local=local,
-        )  # fmt: skip
-        return dx, dweights, dw1, dw2, dw3, None, None  # slots, layer
-
-
-def _sources(
-    segment: Segment, x: Tensor, weights: Tensor, routes: Routes, arrived: Tensor | None, wire: Wire
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Where a segment's expanded rows come from: rows [N, H], their positions [N, K] and weights [N, K]."""
-    found = [(x, routes.own_TK, weights)] if segment.own else []
-    if arrived is not None:
-        extras = wire.extra(arrived, 0, torch.int32), wire.extra(arrived, 1, torch.float32)
-        found.append((wire.values(arrived), *extras))
-    return found
-
-
-def _gate_up(layer: FusedExperts, x_XH: Tensor, w1: Tensor, w3: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return layer.matmul.nt(x_XH, w1, ends), layer.matmul.nt(x_XH, w3, ends)
-
-
-def _input_gradient(layer: FusedExperts, both_X2F: Tensor, w1: Tensor, w3: Tensor, ends: Tensor) -> list[Tensor]:
-    """Terms [X, H] whose sum is the gradient of the expanded rows: two of the library's, which merging adds in fp32,
-    or one of ours."""
-    gate, up = both_X2F.chunk(2, dim=1)
-    if layer.matmul is library_matmul:
-        return [layer.matmul.nn(gate, w1, ends), layer.matmul.nn(up, w3, ends)]
-    return [layer.matmul.nn(gate, w1, ends, up, w3)]
-
-
-def _weight_gradient(layer: FusedExperts, a_XM: Tensor, b_XN: Tensor, ends_GL: Tensor) -> Tensor:
-    """[L, M, N]: a^T b over the rows of each expert in all segments."""
-    segments, local = ends_GL.shape
-    parts = layer.matmul.tn(a_XM, b_XN, ends_GL.view(-1))
-    return parts if segments == 1 else parts.view(segments, local, *parts.shape[1:]).sum(0)
+        backward = Backward(ctx.steps, ctx.saved_tensors, dy.contiguous(), ctx.needs_input_grad)
+        return (*backward.run(), None, None)  # slots, layer

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 
 import torch
 import torch.distributed as dist
@@ -110,7 +111,7 @@ def find_routes(slots_TK: Tensor, grid: Grid, experts: int, chunks: int) -> Rout
     def counts() -> Counts:
         if host is None:  # every token's K experts live here
             return Counts([[0]], [[0]], 0, [Segment(True, None, 0, tokens * k)])
-        return _count(host(), geometry)
+        return _count(host().tolist(), geometry)
 
     return Routes(geometry, layout, slots_TK, *maps, counts)
 
@@ -131,18 +132,22 @@ def _to_host(counts: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def _count(counts_DCV: Tensor, g: Geometry) -> Counts:
-    away_DCD = counts_DCV[..., g.experts :].clone()
-    away_DCD.diagonal(dim1=0, dim2=2).zero_()
-    here_DC = counts_DCV[..., g.rank * g.local : (g.rank + 1) * g.local].sum(2)
-    own = int(here_DC[g.rank].sum())
-    others_C = here_DC.sum(0) - here_DC[g.rank]
-    segments = [Segment(True, None, 0, own)]
+def _count(counts_DCV: list[list[list[int]]], g: Geometry) -> Counts:
+    """Plain numbers: the device has nothing to do while the host counts."""
+    devices, chunks, mine = range(g.devices), range(g.chunks), slice(g.rank * g.local, (g.rank + 1) * g.local)
+    rows_DCD = [[counts_DCV[s][c][g.experts :] for c in chunks] for s in devices]
+    for s, c in product(devices, chunks):
+        rows_DCD[s][c][s] = 0
+    here_DC = [[sum(counts_DCV[s][c][mine]) for c in chunks] for s in devices]
+    own = sum(here_DC[g.rank])
+    others_C = [sum(here_DC[s][c] for s in devices if s != g.rank) for c in chunks]
     if g.split:
-        for chunk, rows in enumerate(others_C.tolist()):
-            start = segments[-1].end
-            segments.append(Segment(False, chunk, start, start + rows))
+        ends = list(accumulate(others_C, initial=own))
+        segments = [Segment(True, None, 0, own)]
+        segments += [Segment(False, c, start, end) for c, (start, end) in enumerate(pairwise(ends))]
     else:
-        segments = [Segment(True, 0, 0, own + int(others_C.sum()))]
-    most = max(int(away_DCD.sum((1, 2)).max()), int(away_DCD.sum((0, 1)).max()))
-    return Counts(away_DCD[g.rank].tolist(), away_DCD[:, :, g.rank].t().tolist(), most, segments)
+        segments = [Segment(True, 0, 0, own + others_C[0])]
+    sent = [sum(map(sum, rows_DCD[s])) for s in devices]
+    arrived = [sum(rows_DCD[s][c][d] for s, c in product(devices, chunks)) for d in devices]
+    arrives_CD = [[rows_DCD[s][c][g.rank] for s in devices] for c in chunks]
+    return Counts(rows_DCD[g.rank], arrives_CD, max(*sent, *arrived), segments)
