@@ -113,7 +113,7 @@ def layer(
         str,
         typer.Option(
             help="ours, ours-reference, torch, autoep, deepspeed-moe, scattermoe, megablocks; options after a colon, "
-            "as in ours:transport=nccl,chunks=2 or autoep:tuned=true. The others are compared with the first one."
+            "as in ours:transport=symmetric,overlap=none or autoep:tuned=true. The others are compared with the first."
         ),
     ] = "ours autoep",
     tokens: Annotated[str, typer.Option(help="Tokens of a rank.")] = "8192",

@@ -108,7 +108,7 @@ def read_value(text: str) -> bool | int | str:
 
 
 def parse_system(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """A system's name, one of `known`, and its options after a colon: `ours:transport=nccl,chunks=2`.
+    """A system's name, one of `known`, and its options after a colon: `ours:transport=symmetric,overlap=none`.
 
     Raises:
         UserError: unknown, or an option is not NAME=VALUE.
