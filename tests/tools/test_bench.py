@@ -32,6 +32,7 @@ from occult_train.tools.bench.shapes import (
     parse_routing,
     parse_shape,
     parse_system,
+    read_value,
 )
 from occult_train.tools.bench.step_command import step_settings
 from occult_train.tools.bench.timing import Times, counted_all_to_all
@@ -65,6 +66,7 @@ def test_routings_and_systems() -> None:
     for wrong in ("our", "ours:a"):
         with pytest.raises(UserError, match=wrong):
             parse_system(wrong, LAYER_SYSTEMS)
+    assert [read_value(text) for text in ("true", "false", "12", "nccl", "-1")] == [True, False, 12, "nccl", "-1"]
     assert counts("--tokens", "256 8192") == [256, 8192]
     for wrong in ("", "0", "8 x", "-1"):
         with pytest.raises(UserError, match="--tokens"):
@@ -227,10 +229,14 @@ SYSTEMS = ["ours", "ours-reference", "autoep", "torch", "deepspeed-moe"]
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     """Rows of all systems, from each of two ranks."""
-    return run_distributed(measure_all, 2, [*SYSTEMS, "scattermoe", "megablocks", "ours:depth=3"])
+    return run_distributed(
+        measure_all,
+        2,
+        [*SYSTEMS, "scattermoe", "megablocks", "ours:depth=3", "ours:recompute=true", "autoep:tuned=true"],
+    )
 
 
-@pytest.mark.parametrize("system", [*SYSTEMS, "float32"])
+@pytest.mark.parametrize("system", [*SYSTEMS, "ours:recompute=true", "float32"])
 def test_systems_are_right_and_measured(rows: list[dict[str, Any]], system: str) -> None:
     row = rows[0][system]
     assert "error" not in row
@@ -258,7 +264,8 @@ def test_a_wrong_layer_gets_no_number(rows: list[dict[str, Any]]) -> None:
 def test_what_cannot_run_says_why(rows: list[dict[str, Any]]) -> None:
     assert "no expert parallelism" in rows[0]["scattermoe"]["error"]
     assert "on a GPU only" in rows[0]["megablocks"]["error"]
-    assert "no option depth, only hidden" in rows[0]["ours:depth=3"]["error"]
+    assert "on a GPU only" in rows[0]["autoep:tuned=true"]["error"]
+    assert "no option depth, only dispatcher" in rows[0]["ours:depth=3"]["error"]
 
 
 def test_bytes_sent_are_those_of_the_rows_for_other_ranks(rows: list[dict[str, Any]]) -> None:

@@ -113,7 +113,7 @@ def layer(
         str,
         typer.Option(
             help="ours, ours-reference, torch, autoep, deepspeed-moe, scattermoe, megablocks; options after a colon, "
-            "as in ours:transport=nccl,chunks=2 or autoep:tuned=1. The first one is what the others are compared with."
+            "as in ours:transport=symmetric,overlap=none or autoep:tuned=true. The others are compared with the first."
         ),
     ] = "ours autoep",
     tokens: Annotated[str, typer.Option(help="Tokens of a rank.")] = "8192",
@@ -163,9 +163,15 @@ def layer(
     return base_failed(rows, split(system)[0])
 
 
+def brief(row: Row) -> str:
+    """First and last line of a row's error."""
+    first, *rest = row.get("error", "").splitlines() or [""]
+    return f"{first} ... {rest[-1]}" if rest else first
+
+
 def _progress(row: Row, seconds: float) -> None:
     place = " ".join(f"{row[key]}" for key in PROBLEM)
-    what = row.get("error") or f"forward {row['forward_ms']:.3f} ms, forward + backward {row['train_ms']:.3f} ms"
+    what = brief(row) or f"forward {row['forward_ms']:.3f} ms, forward + backward {row['train_ms']:.3f} ms"
     print(f"[{seconds:5.0f} s] {place} {row['system']}: {what}", flush=True)
 
 

@@ -1,9 +1,10 @@
 """Layers of other projects, filled with the problem's weights.
 
-DeepSpeed is ours to require. ScatterMoE is on no package index: build a wheel of github.com/shawntan/scattermoe (0.3.0,
-Triton only; `pip wheel --no-deps .`). MegaBlocks (`pip install megablocks`, 0.10) needs stanford-stk (Triton only) and
-two CUDA extensions built with nvcc: its own `megablocks_ops` (one file, csrc/ops.cu) and `grouped_gemm` 0.3 (one file
-over CUTLASS). Where one is missing, its Unavailable says what failed to import.
+DeepSpeed is there anyway; the others are installed by whoever wants to compare with them, and where one is missing its
+Unavailable says what failed to import. ScatterMoE is on no package index: build a wheel of github.com's
+shawntan/scattermoe (0.3.0, Triton only). MegaBlocks 0.10 pins an old torch, so `pip install --no-deps
+--no-build-isolation` it from source, with stanford-stk (Triton only) and grouped_gemm 0.3 (CUTLASS 3, in its source
+package): nvcc builds one extension of each of the two others, megablocks_ops and grouped_gemm_backend.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from occult_train.moe.layer import SwiGLU
 from occult_train.tools.bench.problem import Problem
+from occult_train.tools.bench.shapes import read_value
 from occult_train.tools.bench.systems import Layer, Unavailable, normalised_top_k
 
 TUNED = {"gate_up_impl": "fused", "combine_impl": "fused_weighted_sum", "async_split_plan": True}
@@ -26,12 +28,15 @@ TUNED = {"gate_up_impl": "fused", "combine_impl": "fused_weighted_sum", "async_s
 def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
     """DeepSpeed's AutoEP layer, made by its own conversion of a Hugging Face Qwen3-MoE model.
 
-    Options are keys of DeepSpeed's `expert_parallel` section; `tuned=1` switches on what its defaults leave off.
+    Options are keys of DeepSpeed's `expert_parallel` section; `tuned=true` switches on what its defaults leave off.
     """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    given: dict[str, Any] = dict(options)
-    tuned = given.pop("tuned", "") == "1"
+    given: dict[str, Any] = {name: read_value(value) for name, value in options.items()}
+    if given.pop("tuned", False):
+        if problem.device.type != "cuda":
+            raise Unavailable("AutoEP's fused combine and asynchronous plan run on a GPU only")
+        given = TUNED | given
     shape, ranks = problem.shape, problem.grid.expert_size
     config = Qwen3MoeConfig(
         vocab_size=8,
@@ -52,8 +57,7 @@ def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
         block.gate.weight.copy_(problem.router_EH)
         block.experts.gate_up_proj.copy_(torch.cat((problem.w1_EFH, problem.w3_EFH), dim=1))
         block.experts.down_proj.copy_(problem.w2_EHF)
-    section = {"enabled": True, "autoep_size": ranks, **(TUNED if tuned and problem.device.type == "cuda" else {})}
-    convert = AutoEP(model, parse_autoep_config(section | given))
+    convert = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": ranks, **given}))
     (spec,) = convert.ep_parser()
     convert.replace_moe_layer(spec, ranks, problem.grid.expert_rank)
     layer = model.model.layers[0].mlp
@@ -66,7 +70,7 @@ def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
         parameters=list(layer.parameters()),
         router_gradient=lambda: layer.router.gate.weight.grad,
         expert_gradient=lambda i: (experts.w1.grad[i], experts.w2.grad[i], experts.w3.grad[i]),
-        note=" ".join(f"{k}={v}" for k, v in section.items() if k not in ("enabled", "autoep_size")),
+        note=" ".join(f"{name}={value}" for name, value in given.items()),
     )
 
 

@@ -100,8 +100,15 @@ class StepTask:
     breakdown: bool
 
 
+def read_value(text: str) -> bool | int | str:
+    """What an option's value means: true and false, whole numbers, else the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isdecimal() else text
+
+
 def parse_system(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """A system's name, one of `known`, and its options after a colon: `ours:transport=nccl,chunks=2`.
+    """A system's name, one of `known`, and its options after a colon: `ours:transport=symmetric,overlap=none`.
 
     Raises:
         UserError: unknown, or an option is not NAME=VALUE.

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from occult_train.tools.bench.layer_command import PARTS, base_failed, count_ranks, counts, nccl_environment, split
+from occult_train.tools.bench.layer_command import (
+    PARTS,
+    base_failed,
+    brief,
+    count_ranks,
+    counts,
+    nccl_environment,
+    split,
+)
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
 from occult_train.tools.bench.shapes import STEP_SYSTEMS, Shape, StepTask, parse_shape, parse_system
@@ -116,7 +124,7 @@ def step(
 
 
 def _progress(row: Row, seconds: float) -> None:
-    what = row.get("error") or f"{row['tokens_per_second']:,.0f} tokens/s a rank"
+    what = brief(row) or f"{row['tokens_per_second']:,.0f} tokens/s a rank"
     print(f"[{seconds:5.0f} s] {row['system']}, accumulation {row['accumulation']}: {what}", flush=True)
 
 

@@ -20,6 +20,7 @@ from occult_train.models.config import ModelConfig
 from occult_train.models.huggingface import OLMOE
 from occult_train.models.init import draw
 from occult_train.parallel.grid import Grid
+from occult_train.tools.bench.shapes import read_value
 
 IGNORED = -100
 """Label of a position without a target."""
@@ -61,7 +62,8 @@ class AutoEP:
     def __init__(self, config: Config, options: dict[str, str]) -> None:
         self.micro, self.ranks = config.train.micro_batch_size, dist.get_world_size()
         model = hub_model(config, torch.bfloat16)
-        section: dict[str, Any] = {"enabled": True, "autoep_size": config.parallel.expert, **options}
+        given = {name: read_value(value) for name, value in options.items()}
+        section = {"enabled": True, "autoep_size": config.parallel.expert, **given}
         settings = deepspeed_config(config, self.ranks) | {"expert_parallel": section}
         self.engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
 

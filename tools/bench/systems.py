@@ -15,6 +15,7 @@ from occult_train.moe.choose import Shape, Wanted, can_run_kernels, choose
 from occult_train.moe.layer import MoELayer, MoEOptions
 from occult_train.moe.placement import Placement
 from occult_train.tools.bench.problem import Problem, Swiglu
+from occult_train.tools.bench.shapes import read_value
 
 
 class Unavailable(Exception):
@@ -48,23 +49,22 @@ def normalised_top_k(x_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[Tenso
 
 
 WAYS = tuple(field.name for field in fields(Wanted))
-
-_READ: dict[Any, Callable[[str], Any]] = {int: int, bool: lambda text: text in ("1", "true")}
+OPTIONS = ("dispatcher", "recompute", "backend", *WAYS)
 
 
 def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
-    """Our layer; `options` are fields of MoEOptions, `backend`, and those of `Wanted`, which choose its way.
+    """Our layer; `options` are `dispatcher` and `recompute` of MoEOptions, `backend` (fused or reference), and
+    the fields of `Wanted`, which choose its way.
 
     Raises:
         UserError: there is no such option, or it does not work here.
     """
     shape, grid = problem.shape, problem.grid
     settings: dict[str, Any] = {"dispatcher": "dedup" if grid.expert_size > 1 else "local"}
-    known = {field.name: field.type for field in fields(MoEOptions)} | dict.fromkeys(("backend", *WAYS), str)
     for name, value in options.items():
-        if name not in known:
-            raise UserError(f"ours:{name}={value}: our layer has no option {name}, only {', '.join(known)}")
-        settings[name] = _READ.get(known[name], str)(value)
+        if name not in OPTIONS:
+            raise UserError(f"ours:{name}={value}: our layer has no option {name}, only {', '.join(OPTIONS)}")
+        settings[name] = value if name in WAYS else read_value(value)
     wanted = Wanted(**{name: settings.pop(name) for name in WAYS if name in settings})
     note = " ".join(f"{k}={v}" for k, v in settings.items())
     if settings.pop("backend", "fused" if can_run_kernels() else "reference") == "fused":
