@@ -39,7 +39,6 @@ HOPPER = [
     config(64, 64, 64, warps=4, stages=4, resident=2, flatten=True),
 ]
 AMPERE = [
-    config(128, 128, 32, warps=8, stages=4),
     config(128, 64, 32, warps=4, stages=4),
     config(64, 64, 32, warps=4, stages=4, resident=2),
 ]
