@@ -20,8 +20,8 @@ from occult_train.models.config import ModelConfig
 DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
 BALANCES = ("aux_loss", "bias", "none")
 BACKENDS = ("auto", "reference", "fused")
-MATMULS = ("auto", "library", "triton")
-TRANSPORTS = ("auto", "collective", "symmetric")
+MATMULS = ("auto", "library", "triton", "mixed")
+TRANSPORTS = ("auto", "collective", "symmetric", "host")
 SCOPES = ("micro_batch", "global_batch")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -38,10 +38,11 @@ class MoEConfig:
     backend: str = "auto"
     """fused (Triton kernels; see moe/fused.py), reference (plain torch), or auto: fused on GPUs, else reference."""
     matmul: str = "auto"
-    """Of the fused backend: library (torch's grouped product), triton, or auto: the faster, measured at the start."""
+    """Of the fused backend: library (torch's grouped product), triton, mixed (the library for weight gradients alone),
+    or auto: the fastest, measured at the start."""
     transport: str = "auto"
-    """Of the fused backend: collective (all-to-all), symmetric (kernels write into the peers' memory; NVLink), or auto:
-    the faster, measured at the start."""
+    """Of the fused backend: collective (all-to-all), symmetric (kernels write into the peers' memory; NVLink), host
+    (through pinned memory; one host without peer access), or auto: the fastest, measured at the start."""
     overlap: str = "auto"
     """Of the fused backend: none (exchange, then compute), a number of chunks whose exchange and computing overlap, or
     auto: the fastest, measured at the start."""

@@ -114,8 +114,9 @@ def _fake_tn(
     ends_L: Tensor,
     index_a_X: Tensor | None = None,
     index_b_X: Tensor | None = None,
+    segments: int = 1,
 ) -> Tensor:
-    return a_RM.new_empty(ends_L.shape[0], a_RM.shape[1], b_RN.shape[1])
+    return a_RM.new_empty(ends_L.shape[0] // segments, a_RM.shape[1], b_RN.shape[1])
 
 
 @opaque("occult::grouped_tn", fake=_fake_tn)
@@ -125,14 +126,16 @@ def tn(
     ends_L: Tensor,
     index_a_X: Tensor | None = None,
     index_b_X: Tensor | None = None,
+    segments: int = 1,
 ) -> Tensor:
     """Transposed rows of a times rows of b for each expert: zeros for an expert without rows.
 
     Args:
         a_RM, b_RN: [X, M] and [X, N], or any number of rows with an index; rows may lie further apart than they are
             wide.
-        ends_L: int32 [L].
+        ends_L: int32 [L], or [G * L] for rows in G segments, each grouped by expert.
         index_a_X, index_b_X: int32 [X], rows of a (of b) are read through it then; nobody checks the values.
+        segments: G.
 
     Returns:
         [L, M, N] in the type of the rows.
@@ -150,11 +153,15 @@ def tn(
     check_index("index of a", index_a_X, a_RM)
     check_index("index of b", index_b_X, b_RN, rows)
     check_ends(ends_L, None, a_RM)
-    return _outer(a_RM, b_RN, ends_L, index_a_X, index_b_X, rows)
+    if segments < 1 or ends_L.shape[0] % segments:
+        raise ValueError(f"{ends_L.shape[0]} ends are not those of {segments} segments")
+    return _outer(a_RM, b_RN, ends_L, index_a_X, index_b_X, rows, segments)
 
 
-def _outer(a: Tensor, b: Tensor, ends: Tensor, index_a: Tensor | None, index_b: Tensor | None, rows: int) -> Tensor:
-    experts, m, n = ends.shape[0], a.shape[1], b.shape[1]
+def _outer(
+    a: Tensor, b: Tensor, ends: Tensor, index_a: Tensor | None, index_b: Tensor | None, rows: int, segments: int
+) -> Tensor:
+    experts, m, n = ends.shape[0] // segments, a.shape[1], b.shape[1]
     if rows == 0:
         return a.new_zeros(experts, m, n)
     out = a.new_empty(experts, m, n)
@@ -166,6 +173,7 @@ def _outer(a: Tensor, b: Tensor, ends: Tensor, index_a: Tensor | None, index_b: 
         *(rows, experts, m, n, a.stride(0), b.stride(0), rows_bucket(rows, experts)),
         GATHER_A=index_a is not None,
         GATHER_B=index_b is not None,
+        SEGMENTS=segments,
         TMA=descriptors,
     )
     return out

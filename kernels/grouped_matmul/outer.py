@@ -46,6 +46,7 @@ def outer_kernel(
     bucket,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,7 +56,7 @@ def outer_kernel(
     RESIDENT: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """out[l] = sum over the rows r of expert l of a[r] outer b[r]; zeros if it has none.
+    """out[l] = sum over the rows r of expert l, in all segments, of a[r] outer b[r]; zeros if it has none.
 
     Descriptors cannot stop at an expert's last row, so with TMA the last, incomplete block of rows is loaded through
     pointers; that load starts before the loop and is used after it.
@@ -71,32 +72,34 @@ def outer_kernel(
     for tile in tl.range(tl.program_id(0), experts * high * across, tl.num_programs(0)):
         expert = tile // (high * across)
         tile_m, tile_n = swizzle(tile % (high * across), high, across, GROUP_M)
-        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ends_ptr + expert)
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if TMA:
-            tail = end - (end - start) % BLOCK_K
-            for k in tl.range(start, tail, BLOCK_K):
-                if GATHER_A:
+        for segment in tl.range(0, SEGMENTS):  # one, as a rule: then there is no loop
+            group = segment * experts + expert
+            start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
+            end = tl.load(ends_ptr + group)
+            if TMA:
+                tail = end - (end - start) % BLOCK_K
+                for k in tl.range(start, tail, BLOCK_K):
+                    if GATHER_A:
+                        a = load_rows(a_ptr, index_a_ptr, k, end, offs_k, stride_a, offs_m, M, GATHER_A)
+                    else:
+                        a = a_rows.load([k, tile_m * BLOCK_M])
+                    if GATHER_B:
+                        b = load_rows(b_ptr, index_b_ptr, k, end, offs_k, stride_b, offs_n, N, GATHER_B)
+                    else:
+                        b = b_rows.load([k, tile_n * BLOCK_N])
+                    acc = matmul(tl.trans(a), b, acc, WIDEN)
+                if tail < end:
+                    a = load_rows(a_ptr, index_a_ptr, tail, end, offs_k, stride_a, offs_m, M, GATHER_A)
+                    b = load_rows(b_ptr, index_b_ptr, tail, end, offs_k, stride_b, offs_n, N, GATHER_B)
+                    acc = matmul(tl.trans(a), b, acc, WIDEN)
+            else:
+                for k in tl.range(start, end, BLOCK_K):
                     a = load_rows(a_ptr, index_a_ptr, k, end, offs_k, stride_a, offs_m, M, GATHER_A)
-                else:
-                    a = a_rows.load([k, tile_m * BLOCK_M])
-                if GATHER_B:
                     b = load_rows(b_ptr, index_b_ptr, k, end, offs_k, stride_b, offs_n, N, GATHER_B)
-                else:
-                    b = b_rows.load([k, tile_n * BLOCK_N])
-                acc = matmul(tl.trans(a), b, acc, WIDEN)
-            if tail < end:
-                a = load_rows(a_ptr, index_a_ptr, tail, end, offs_k, stride_a, offs_m, M, GATHER_A)
-                b = load_rows(b_ptr, index_b_ptr, tail, end, offs_k, stride_b, offs_n, N, GATHER_B)
-                acc = matmul(tl.trans(a), b, acc, WIDEN)
-        else:
-            for k in tl.range(start, end, BLOCK_K):
-                a = load_rows(a_ptr, index_a_ptr, k, end, offs_k, stride_a, offs_m, M, GATHER_A)
-                b = load_rows(b_ptr, index_b_ptr, k, end, offs_k, stride_b, offs_n, N, GATHER_B)
-                acc = matmul(tl.trans(a), b, acc, WIDEN)
+                    acc = matmul(tl.trans(a), b, acc, WIDEN)
         out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)

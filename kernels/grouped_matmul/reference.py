@@ -28,10 +28,13 @@ def nn(
     return out
 
 
-def tn(a_XM: Tensor, b_XN: Tensor, ends_L: Tensor) -> Tensor:
-    """Transposed rows of a times rows of b for each expert: [L, M, N], zeros for an expert without rows."""
-    products = [_wide(a_XM[rows]).T @ _wide(b_XN[rows]) for rows in _groups(ends_L)]
-    return torch.stack(products).to(a_XM.dtype)
+def tn(a_XM: Tensor, b_XN: Tensor, ends_L: Tensor, segments: int = 1) -> Tensor:
+    """Transposed rows of a times rows of b for each expert: [L, M, N], zeros for an expert without rows.
+
+    With several segments ends are [G * L], and an expert's rows are those of its group in each segment.
+    """
+    products = torch.stack([_wide(a_XM[rows]).T @ _wide(b_XN[rows]) for rows in _groups(ends_L)])
+    return products.view(segments, -1, *products.shape[1:]).sum(0).to(a_XM.dtype)
 
 
 def _groups(ends_L: Tensor) -> list[slice]:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from occult_train.kernels.grouped_matmul import library
-from occult_train.moe.fused import FusedExperts, Way
-from occult_train.moe.transport import SymmetricTransport
+from occult_train.moe.fused import MATMULS, FusedExperts, Way
+from occult_train.moe.transport import SymmetricTransport, devices_of_one_host
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
@@ -51,30 +51,38 @@ def candidates(shape: Shape, grid: Grid, wanted: Wanted) -> list[Way]:
     Raises:
         ValueError: a setting asks for what does not work here.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    has_library = library.supported(
-        shape.dtype, device, (shape.hidden, shape.intermediate), shape.experts // grid.expert_size
-    )
-    has_symmetric = grid.expert_size > 1 and SymmetricTransport.available(grid)
-    if wanted.matmul == "library" and not has_library:
-        raise ValueError(
-            f"matmul=library does not take {shape.dtype} of widths {shape.hidden}, {shape.intermediate} here"
-        )
-    if wanted.transport == "symmetric" and not has_symmetric:
-        raise ValueError(
-            "transport=symmetric needs peer access between all GPUs of an expert-parallel group of one host"
-        )
-    matmuls = [m for m in ("library", "triton") if wanted.matmul in ("auto", m) and (m == "triton" or has_library)]
-    found = []
-    for matmul in matmuls:
-        if has_symmetric and wanted.transport != "collective" and wanted.overlap in ("auto", "none"):
-            found.append(Way(matmul, "symmetric", 0))
-        if wanted.transport != "symmetric":
-            chunks = CHUNKS if wanted.overlap == "auto" else (0 if wanted.overlap == "none" else int(wanted.overlap),)
-            found += [Way(matmul, "collective", c) for c in chunks if c == 0 or grid.expert_size > 1]
+    several = grid.expert_size > 1
+    transports = {
+        "collective": True,
+        "symmetric": several and SymmetricTransport.available(grid),
+        "host": several and bool(devices_of_one_host(grid)),
+    }
+    if not transports.get(wanted.transport, True):
+        need = "write each other's memory" if wanted.transport == "symmetric" else "be of one host"
+        raise ValueError(f"transport={wanted.transport} needs several ranks a layer, whose GPUs can all {need}")
+    names = [n for n, works in transports.items() if works and wanted.transport in ("auto", n)]
+    if transports["symmetric"] and wanted.transport == "auto":
+        names.remove("host")  # slower than what it stands in for
+    chunks = CHUNKS if wanted.overlap == "auto" else (0 if wanted.overlap == "none" else int(wanted.overlap),)
+    found = [
+        Way(matmul, name, c)
+        for matmul in _matmuls(shape, grid, wanted)
+        for name in names
+        for c in chunks
+        if c == 0 or (several and name != "symmetric")
+    ]
     if not found:
-        raise ValueError(f"transport=symmetric moves all rows at once; overlap={wanted.overlap} was asked for")
+        raise ValueError(f"transport={wanted.transport} moves all rows at once; overlap={wanted.overlap} was asked for")
     return found
+
+
+def _matmuls(shape: Shape, grid: Grid, wanted: Wanted) -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    widths = (shape.hidden, shape.intermediate)
+    has_library = library.supported(shape.dtype, device, widths, shape.experts // grid.expert_size)
+    if wanted.matmul in ("library", "mixed") and not has_library:
+        raise ValueError(f"matmul={wanted.matmul} does not take {shape.dtype} of widths {widths} here")
+    return [m for m in MATMULS if wanted.matmul in ("auto", m) and (m == "triton" or has_library)]
 
 
 def choose(shape: Shape, grid: Grid, wanted: Wanted) -> tuple[Way, str]:
@@ -89,8 +97,12 @@ def choose(shape: Shape, grid: Grid, wanted: Wanted) -> tuple[Way, str]:
     if len(found) == 1 or not torch.cuda.is_available():
         return found[0], f"{_words(found[0])}, as set"
     trial = _Trial(shape, grid)
-    times = {way: trial.measure(way) for way in found}
-    best = min(found, key=lambda way: times[way])
+    times = {way: trial.measure(way) for way in found if way.matmul == found[0].matmul}
+    first = min(times, key=lambda way: times[way])
+    # how rows travel hardly depends on who multiplies them, so the rest is tried with the best transport alone
+    rest = [way for way in found if way not in times and (way.transport, way.chunks) == (first.transport, first.chunks)]
+    times |= {way: trial.measure(way) for way in rest}
+    best = min(times, key=lambda way: times[way])
     listed = ", ".join(f"{_words(way)} {ms:.2f}" for way, ms in sorted(times.items(), key=lambda item: item[1]))
     return best, f"{_words(best)}: fastest, in ms forward and backward: {listed}"
 

@@ -10,7 +10,7 @@ pre-activations are not kept either.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,14 +23,19 @@ from occult_train.kernels.movers.reference import Wire
 from occult_train.kernels.swiglu import kernel as swiglu
 from occult_train.moe.fused_steps import EXTRAS, Backward, Steps
 from occult_train.moe.routes import find_routes
-from occult_train.moe.transport import Back, CollectiveTransport, SymmetricTransport, Transport
+from occult_train.moe.transport import Back, CollectiveTransport, HostTransport, SymmetricTransport, Transport
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
-MATMULS: dict[str, ModuleType] = {"library": library_matmul, "triton": triton_matmul}
+MATMULS: dict[str, Any] = {
+    "triton": triton_matmul,
+    "mixed": SimpleNamespace(nt=triton_matmul.nt, nn=triton_matmul.nn, tn=library_matmul.tn),
+    "library": library_matmul,
+}
 TRANSPORTS: dict[str, Callable[[Grid, Traffic], Transport]] = {
     "collective": CollectiveTransport,
     "symmetric": SymmetricTransport,
+    "host": HostTransport,
 }
 
 
@@ -39,9 +44,10 @@ class Way:
     """One of several ways to compute the same."""
 
     matmul: str = "library"
-    """library (torch's grouped product) or triton."""
+    """library (torch's grouped product), triton, or mixed: the library's for weight gradients alone."""
     transport: str = "collective"
-    """collective (all-to-all) or symmetric (kernels write into the peers' memory)."""
+    """collective (all-to-all), symmetric (kernels write into the peers' memory) or host (copy engines, through pinned
+    memory)."""
     chunks: int = 0
     """0 exchanges, then computes; n cuts the tokens in n chunks whose exchange and computing overlap."""
 

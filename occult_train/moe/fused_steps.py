@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ Source = tuple[Tensor, Tensor, Tensor]
 class Steps:
     """One forward's plan, and the steps that backward takes again."""
 
-    matmul: ModuleType
+    matmul: Any
+    """Has nt, nn and tn of kernels/grouped_matmul."""
     transport: Transport
     routes: Routes
     segments: list[Segment]
@@ -65,8 +66,12 @@ class Steps:
     def weight_gradient(self, a_XM: Tensor, b_XN: Tensor) -> Tensor:
         """[L, M, N]: a^T b over the rows of each expert in all segments."""
         ends_GL = self.routes.layout.ends_GL
-        parts = self.matmul.tn(a_XM, b_XN, ends_GL.view(-1))
-        return parts if len(ends_GL) == 1 else parts.view(*ends_GL.shape, *parts.shape[1:]).sum(0)
+        segments = len(ends_GL)
+        if segments == 1 or self.matmul.tn is not library.tn:
+            return self.matmul.tn(a_XM, b_XN, ends_GL.view(-1), **({} if segments == 1 else {"segments": segments}))
+        # the library knows no segments: a group each, then their sum
+        parts = library.tn(a_XM, b_XN, ends_GL.view(-1))
+        return parts.view(*ends_GL.shape, *parts.shape[1:]).sum(0)
 
 
 class Backward:

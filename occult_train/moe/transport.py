@@ -16,6 +16,7 @@ from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.moe.routes import Counts, Routes
 from occult_train.parallel.grid import Grid
+from occult_train.parallel.staged import HostAllToAll
 from occult_train.parallel.traffic import Traffic
 
 
@@ -65,6 +66,16 @@ class Transport(Protocol):
         ...
 
 
+def devices_of_one_host(grid: Grid) -> list[int]:
+    """CUDA devices of the group's ranks if all run on one host with one each, else none. Collective."""
+    if not torch.cuda.is_available() or grid.expert_size == 1:
+        return []
+    found: list[Any] = [None] * grid.expert_size
+    dist.all_gather_object(found, (os.uname().nodename, torch.cuda.current_device()), group=grid.expert_group)
+    one_host = len({host for host, _ in found}) == 1 and len(set(found)) == len(found)
+    return [device for _, device in found] if one_host else []
+
+
 def _pack(x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | None, tokens: slice) -> None:
     g = routes.geometry
     more = (None, None, None)
@@ -74,10 +85,14 @@ def _pack(x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | N
 
 
 class CollectiveTransport:
-    """All-to-all of the process group, one call a chunk and direction, asynchronous."""
+    """All-to-all, one call a chunk and direction, asynchronous."""
 
     def __init__(self, grid: Grid, traffic: Traffic) -> None:
         self.grid, self.traffic = grid, traffic
+
+    def move(self, target: Tensor, source: Tensor, arrives: list[int], sends: list[int]) -> Any:
+        """Start an all-to-all of rows; the result has `wait()`. By the process group's own."""
+        return dist.all_to_all_single(target, source, arrives, sends, group=self.grid.expert_group, async_op=True)
 
     def send(
         self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
@@ -144,8 +159,20 @@ class CollectiveExchange:
         traffic = self.transport.traffic
         traffic.add_rows(name, source.shape[0], target.shape[0])
         traffic.add_bytes(name, source.numel() * source.element_size())
-        group = self.transport.grid.expert_group
-        return dist.all_to_all_single(target, source, arrives, sends, group=group, async_op=True)
+        return self.transport.move(target, source, arrives, sends)
+
+
+class HostTransport(CollectiveTransport):
+    """The same through pinned host memory, by copy engines: for the GPUs of one host without peer access."""
+
+    def __init__(self, grid: Grid, traffic: Traffic) -> None:
+        super().__init__(grid, traffic)
+        if grid.expert_group not in _RINGS:
+            _RINGS[grid.expert_group] = HostAllToAll(grid)
+        self.move = _RINGS[grid.expert_group]  # type: ignore[method-assign]
+
+
+_RINGS: dict[Any, HostAllToAll] = {}
 
 
 class SymmetricTransport:
@@ -161,17 +188,16 @@ class SymmetricTransport:
 
     @staticmethod
     def available(grid: Grid) -> bool:
-        """Whether all devices of the group can write each other's memory, and may. NCCL_P2P_DISABLE=1 forbids it."""
-        if not torch.cuda.is_available() or os.environ.get("NCCL_P2P_DISABLE") == "1" or grid.expert_size == 1:
-            return False
-        here = torch.cuda.current_device()
-        ranks = dist.get_process_group_ranks(grid.expert_group)
-        found: list[Any] = [None] * len(ranks)
-        dist.all_gather_object(found, (os.uname().nodename, here), group=grid.expert_group)
-        one_host = len({host for host, _ in found}) == 1 and len(set(found)) == len(found)
-        reach = one_host and all(p == here or torch.cuda.can_device_access_peer(here, p) for _, p in found)
-        answers: list[Any] = [None] * len(ranks)
-        dist.all_gather_object(answers, reach, group=grid.expert_group)
+        """Whether all devices of the group can write each other's memory, and may. NCCL_P2P_DISABLE=1 forbids it.
+        Collective."""
+        devices = devices_of_one_host(grid)
+        here = torch.cuda.current_device() if devices else -1
+        allowed = os.environ.get("NCCL_P2P_DISABLE") != "1"
+        reach = (
+            bool(devices) and allowed and all(p == here or torch.cuda.can_device_access_peer(here, p) for p in devices)
+        )
+        answers: list[Any] = [None] * grid.expert_size
+        dist.all_gather_object(answers, reach and bool(devices), group=grid.expert_group)
         return all(answers)
 
     def send(

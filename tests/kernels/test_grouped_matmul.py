@@ -50,6 +50,21 @@ def test_tn(counts: list[int], k: int, n: int, device: torch.device) -> None:
     assert not got[torch.tensor(counts) == 0].any()
 
 
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+def test_tn_over_segments(loads: str, device: torch.device, request: pytest.FixtureRequest) -> None:
+    if loads == "descriptors":
+        request.getfixturevalue("descriptors")
+    counts = [5, 0, 65, 0, 0, 3, 40, 1, 0, 70, 0, 2]
+    a, b = normal(sum(counts), 24, device=device), normal(sum(counts), 40, device=device, seed=1)
+    ends = ends_of(counts, device)
+    got = kernel.tn(a, b, ends, segments=3)
+    check_close(got, reference.tn(*exact(a, b, ends), segments=3))
+    parts = reference.tn(*exact(a, b, ends)).view(3, 4, 24, 40)
+    check_close(got, parts[0] + parts[1] + parts[2])
+    with pytest.raises(ValueError, match="12 ends are not those of 5 segments"):
+        kernel.tn(a, b, ends, segments=5)
+
+
 @each_type
 def test_each_type_with_rows_apart_and_a_second_pair(dtype: torch.dtype, device: torch.device) -> None:
     counts = COUNTS["ragged"]
