@@ -2,16 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 
-INTERPRETED = bool(knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+from occult_train.kernels.launching import INTERPRETED, kind
+
 DEPTH = 64
 """Every BLOCK_K divides it: kernels skip tails for widths that are multiples of it."""
 
@@ -55,12 +53,51 @@ def tuned(hopper: list[Any], ampere: list[Any], key: list[str], **options: Any) 
 
 
 def launch(kernel: Any, like: Tensor, *args: Any, TMA: bool, **meta: Any) -> None:
-    """Run a persistent kernel where `like` lives, with as many programs as that device runs at a time."""
+    """Run a persistent kernel where `like` lives, with as many programs as that device runs at a time.
+
+    The compiled kernel and its settings are remembered, as in kernels/launching, under what decides on them.
+    """
+    constants = {**meta, "TMA": TMA, "WIDEN": INTERPRETED}
+    if INTERPRETED:
+        kernel[lambda chosen: (3 * chosen["RESIDENT"],)](*args, **constants)
+        return
     if TMA:
-        _allocate_descriptors(like.device)
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        count = _multiprocessors(torch.cuda.current_device()) if like.is_cuda else 3
-        kernel[lambda chosen: (count * chosen["RESIDENT"],)](*args, TMA=TMA, WIDEN=INTERPRETED, **meta)
+        _allocate_descriptors()
+    if like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            _launch(kernel, args, constants)
+    else:
+        _launch(kernel, args, constants)
+
+
+_COMPILED: dict[Any, tuple[Any, int, tuple[Any, ...]]] = {}
+
+
+def _launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    device = torch.cuda.current_device()
+    key = (kernel, device, *constants.values(), *map(_decisive, args, _modes(kernel)))
+    found = _COMPILED.get(key)
+    if found is None:
+        count = _multiprocessors(device)
+        compiled = kernel[lambda chosen: (count * chosen["RESIDENT"],)](*args, **constants)
+        chosen = kernel.best_config.kwargs
+        tail = tuple({**constants, **chosen}[name] for name in kernel.arg_names[len(args) :])
+        _COMPILED[key] = compiled, count * chosen["RESIDENT"], tail
+        return
+    compiled, programs, tail = found
+    compiled[programs, 1, 1](*args, *tail)
+
+
+@functools.cache
+def _modes(kernel: Any) -> tuple[bool, ...]:
+    """For each parameter whether a number's value decides on the settings, or on the variant; else nothing does."""
+    return tuple(p.name in kernel.keys or not p.do_not_specialize for p in kernel.fn.params)
+
+
+def _decisive(value: Any, counts: bool) -> Any:
+    if isinstance(value, int):
+        return value if counts else None
+    return kind(value)
 
 
 def use_descriptors(*tensors: Tensor | None) -> bool:
@@ -95,10 +132,10 @@ def _aligned(tensor: Tensor) -> bool:
     return size == 2 and tensor.stride(-1) == 1 and all(strides) and tensor.data_ptr() % 16 == 0
 
 
-def _allocate_descriptors(device: torch.device) -> None:
+def _allocate_descriptors() -> None:
     """Say where descriptors go; before each launch, as the setting is a thread's own and backward has its thread."""
+    triton.set_allocator(_allocate)
 
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
 
-    triton.set_allocator(allocate)
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from occult_train.kernels.compiling import opaque
+from occult_train.kernels.launching import quick
 
 ALIGNMENT = 16
 
@@ -67,6 +68,7 @@ def zero_empty(out_LMN: Tensor, ends_L: Tensor) -> None:
     _zero_empty_kernel[(out_LMN.shape[0], triton.cdiv(size, 16 * block))](out_LMN, ends_L, size, BLOCK=block, TURNS=16)
 
 
+@quick
 @triton.jit
 def _zero_empty_kernel(out_ptr, ends_ptr, size, BLOCK: tl.constexpr, TURNS: tl.constexpr):
     expert = tl.program_id(0)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from occult_train.kernels.launching import quick
 from occult_train.kernels.movers.reference import Wire
 
 
@@ -29,6 +30,7 @@ class Peers:
     """Rows that fit there; rows beyond are left out, and the counts tell everyone."""
 
 
+@quick
 @triton.jit
 def _expand_kernel(
     x, position, out, weight, weight_X, start, H, x_stride, p_stride, w_stride,
@@ -46,6 +48,7 @@ def _expand_kernel(
                     tl.store(weight_X + p, tl.load(weight + n * w_stride + k))
 
 
+@quick
 @triton.jit
 def _pack_kernel(
     x, send, out, out_words, address, shift, position, slots, weight, H, x_stride, out_stride, words_stride, first_word,
@@ -96,6 +99,7 @@ def _sum_rows(
     return total
 
 
+@quick
 @triton.jit
 def _merge_kernel(
     y, y2, position, weight, scalar, start, out, out_words, address, shift, arrive,
@@ -127,6 +131,7 @@ def _merge_kernel(
                 tl.store(at, value.to(tl.int32, bitcast=True), mask=k < K)
 
 
+@quick
 @triton.jit
 def _combine_kernel(
     y, y2, own, weight, scalar, returned, words, send, slots, out, scalars,

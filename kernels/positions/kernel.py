@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from occult_train.kernels.launching import quick
 from occult_train.kernels.positions.reference import BLOCK_MULTIPLE, Geometry, Layout
 
 
@@ -38,6 +39,7 @@ def _goes(slots, first, T, K: tl.constexpr, L: tl.constexpr, DP: tl.constexpr, B
     return goes
 
 
+@quick
 @triton.jit
 def _count_kernel(
     slots, blocks, counts, T, chunk_tokens,
@@ -55,6 +57,7 @@ def _count_kernel(
     tl.atomic_add(chunk + E + d, rows_D, mask=d < D)
 
 
+@quick
 @triton.jit
 def _layout_kernel(
     counts, base, send, ends, relative, put, back, arrive,
@@ -129,6 +132,7 @@ def _before(blocks, block, first, column, known, V: tl.constexpr, VP: tl.constex
     return total
 
 
+@quick
 @triton.jit
 def _positions_kernel(
     slots, blocks, base, send, position, own, sends, T, chunk_tokens,

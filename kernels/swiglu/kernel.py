@@ -5,7 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from occult_train.kernels.launching import quick
 
+
+@quick
 @triton.jit
 def _forward_kernel(gate, up, out, F, BF: tl.constexpr):
     x = tl.program_id(0).to(tl.int64)
@@ -15,6 +18,7 @@ def _forward_kernel(gate, up, out, F, BF: tl.constexpr):
     tl.store(out + x * F + f, (a * tl.sigmoid(a) * b).to(out.dtype.element_ty), mask=f < F)
 
 
+@quick
 @triton.jit
 def _backward_kernel(gate, up, grad, weight, both, weighted, scalar, F, BF: tl.constexpr):
     x = tl.program_id(0).to(tl.int64)

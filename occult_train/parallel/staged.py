@@ -23,8 +23,8 @@ from torch import Tensor
 
 from occult_train.parallel.grid import Grid
 
-SLOT_BYTES = 4 * 2**20
-SLOTS = 16
+SLOT_BYTES = 8 * 2**20
+SLOTS = 8
 """Slots of a ring. 64 MB hold what a rank sends to another in most passes, so that senders seldom wait."""
 HEADER = 4096
 WRITTEN, READ = 0, 64
@@ -61,7 +61,10 @@ class HostAllToAll:
 
     def __init__(self, grid: Grid) -> None:
         self.rank, self.size, group = grid.expert_rank, grid.expert_size, grid.expert_group
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
+        self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
+        for function in (self._wait_value, self._write_value):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
         self.out, self.into = torch.cuda.Stream(), torch.cuda.Stream()
         names: list[Any] = [None] * self.size
         dist.all_gather_object(names, f"/dev/shm/occult-{os.getpid()}-{id(self)}", group=group)
@@ -113,16 +116,15 @@ class HostAllToAll:
 
     def _wait(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
         """Hold the stream until the counter is at least `value`; cyclic, so it may wrap."""
-        self._operate("cuStreamWaitValue32_v2", stream, address, value)
+        _checked(self._wait_value(stream.cuda_stream, address, value % 2**32, 0))
 
     def _write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        self._operate("cuStreamWriteValue32_v2", stream, address, value)
+        _checked(self._write_value(stream.cuda_stream, address, value % 2**32, 0))
 
-    def _operate(self, name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        arguments = ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value % 2**32)
-        status = getattr(self._driver, name)(*arguments, ctypes.c_uint(0))
-        if status:
-            raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+def _checked(status: int) -> None:
+    if status:
+        raise RuntimeError(f"a stream memory operation failed with CUDA error {status}")
 
 
 def _by_rank(rows: Tensor, counts: list[int]) -> list[Tensor]:
