@@ -33,7 +33,7 @@ class Peers:
 @quick
 @triton.jit
 def _expand_kernel(
-    x, position, out, weight, weight_X, start, H, x_stride, p_stride, w_stride,
+    x, position, out, weight, weight_X, start, capacity, H, x_stride, p_stride, w_stride,
     K: tl.constexpr, WEIGHTS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -41,7 +41,7 @@ def _expand_kernel(
     row = tl.load(x + n * x_stride + h, mask=h < H, other=0)
     for k in tl.static_range(K):
         p = tl.load(position + n * p_stride + k).to(tl.int64) - start
-        if p >= 0:
+        if (p >= 0) & (p < capacity):
             tl.store(out + p * H + h, row, mask=h < H)
             if WEIGHTS:
                 if tl.program_id(1) == 0:
@@ -175,14 +175,18 @@ def expand(
     x_NH: Tensor, position_NK: Tensor, out_XH: Tensor, weight_NK: Tensor | None = None, weight_X: Tensor | None = None,
     start: int = 0,
 ) -> None:  # fmt: skip
-    """As the reference's. Rows of x may lie apart (a view of rows on the wire), positions and weights too."""
+    """As the reference's. Rows of x may lie apart (a view of rows on the wire), positions and weights too.
+
+    Copies beyond the end of out are left out: the caller made it before the number of rows was known, and finds out.
+    """
     rows, hidden = x_NH.shape
     _same("rows", rows, "positions", position_NK.shape[0])
     _same("width of x", hidden, "of out", out_XH.shape[1])
     if rows == 0:
         return
     _expand_kernel[_grid(rows, hidden)](
-        x_NH, position_NK, out_XH, weight_NK, weight_X, start, hidden, x_NH.stride(0), position_NK.stride(0),
+        x_NH, position_NK, out_XH, weight_NK, weight_X, start, out_XH.shape[0], hidden,
+        x_NH.stride(0), position_NK.stride(0),
         0 if weight_NK is None else weight_NK.stride(0),
         K=position_NK.shape[1], WEIGHTS=weight_X is not None, **_width(hidden),
     )  # fmt: skip

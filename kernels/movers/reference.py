@@ -58,9 +58,9 @@ def expand(
     x_NH: Tensor, position_NK: Tensor, out_XH: Tensor, weight_NK: Tensor | None = None, weight_X: Tensor | None = None,
     start: int = 0,
 ) -> None:  # fmt: skip
-    """Copy row n to out[position[n, k] - start] for each k, and weight[n, k] to weight_X there."""
+    """Copy row n to out[position[n, k] - start] for each k, and weight[n, k] to weight_X there; not beyond its end."""
     for k in range(position_NK.shape[1]):
-        there = position_NK[:, k] >= 0
+        there = (position_NK[:, k] >= 0) & (position_NK[:, k] - start < out_XH.shape[0])
         at = position_NK[there, k].long() - start
         out_XH[at] = x_NH[there]
         if weight_X is not None:

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from occult_train.kernels.grouped_matmul import kernel as triton_matmul
 from occult_train.kernels.grouped_matmul import library as library_matmul
-from occult_train.kernels.movers import kernel as movers
-from occult_train.kernels.movers.reference import Wire
-from occult_train.kernels.swiglu import kernel as swiglu
-from occult_train.moe.fused_steps import EXTRAS, Backward, Steps
+from occult_train.moe.fused_backward import Backward
+from occult_train.moe.fused_forward import Forward
 from occult_train.moe.routes import find_routes
-from occult_train.moe.transport import Back, CollectiveTransport, HostTransport, SymmetricTransport, Transport
+from occult_train.moe.transport import CollectiveTransport, HostTransport, SymmetricTransport, Transport
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
@@ -60,6 +58,8 @@ class FusedExperts:
             raise ValueError(f"the symmetric transport moves all rows at once, but chunks={way.chunks}")
         self.grid, self.num_experts, self.way, self.recompute = grid, num_experts, way, recompute
         self.matmul = MATMULS[way.matmul]
+        self.expected_rows = 0
+        """The most expanded rows that the first segment had so far."""
         self.transport: Transport = TRANSPORTS[way.transport](grid, traffic)
 
     @torch.compiler.disable
@@ -96,39 +96,19 @@ class FusedExperts:
 
 
 class _Fused(torch.autograd.Function):
-    """Forward: 1 routes, 2 dispatch; for each segment 3 expand, 4 gate and up, 5 SwiGLU, 6 down, 7 merge and give back;
-    8 combine at home. Backward: see `Backward`."""
+    """See `Forward` and `Backward`."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, slots: Tensor, layer: FusedExperts
     ) -> Tensor:
         routes = find_routes(slots, layer.grid, layer.num_experts, layer.way.chunks)
-        k, keep = slots.shape[1], any(ctx.needs_input_grad)
-        out, back = Wire(x.shape[1], k, x.dtype, EXTRAS), Wire(x.shape[1], k, x.dtype, 0)
-        exchange, counts = layer.transport.send(x, routes, out, ("dispatch", "combine"), weights)
-        steps = Steps(layer.matmul, layer.transport, routes, counts.segments, layer.recompute)
-        kept: list[Tensor] = []
-        own_y: list[Tensor] = []
-        for g, segment in enumerate(counts.segments):
-            arrived = None if segment.chunk is None else exchange.arrived(segment.chunk)
-            if keep and arrived is not None:  # before giving back: then a peer may overwrite shared memory
-                kept += [arrived.clone() if exchange.shared else arrived]
-            x_XH = steps.expand(steps.sources(segment, x, weights, arrived), segment)
-            gate, up = steps.gate_up(x_XH, w1, w3, g)
-            del x_XH
-            y_XH = layer.matmul.nt(swiglu.forward(gate, up), w2, routes.layout.relative_GL[g])
-            if segment.own:
-                own_y = [y_XH]
-            if arrived is not None and segment.chunk is not None:
-                position, weight = out.extra(arrived, 0, torch.int32), out.extra(arrived, 1, torch.float32)
-                exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight), back)
-            if keep and not layer.recompute:
-                kept += [gate, up]
-            del gate, up, y_XH
-        ctx.save_for_backward(x, weights, w1, w2, w3, *kept)
-        ctx.steps = steps
-        return movers.combine(own_y, routes.own_TK, exchange.returned(), routes.send_TD, back, weights)[0]
+        keep = any(ctx.needs_input_grad)
+        forward = Forward(layer, routes, x, weights, (w1, w2, w3), keep)
+        y = forward.run()
+        ctx.save_for_backward(x, weights, w1, w2, w3, *forward.kept)
+        ctx.steps = forward.steps
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

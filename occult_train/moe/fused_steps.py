@@ -1,6 +1,5 @@
-"""The steps that the fused layer's forward and backward share, and its backward. Symbols as in `fused.py`."""
+"""The steps that the fused layer's forward and backward share. Symbols as in `fused.py`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import Tensor
 from occult_train.kernels.grouped_matmul import library
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
-from occult_train.kernels.swiglu import kernel as swiglu
-from occult_train.moe.routes import Routes, Segment
-from occult_train.moe.transport import Back, Transport
+from occult_train.moe.routes import Counts, Routes, Segment
+from occult_train.moe.transport import Transport
 
 EXTRAS = 2
 """Of a row on its way out in forward: expanded positions and weights."""
@@ -28,8 +26,13 @@ class Steps:
     """Has nt, nn and tn of kernels/grouped_matmul."""
     transport: Transport
     routes: Routes
-    segments: list[Segment]
+    counts: Counts
     recompute: bool
+
+    @property
+    def segments(self) -> list[Segment]:
+        """In the order in which they are computed."""
+        return self.counts.segments
 
     def sources(self, segment: Segment, x: Tensor, weights: Tensor, arrived: Tensor | None) -> list[Source]:
         """Where a segment's expanded rows come from: this rank's tokens, rows that arrived, or both."""
@@ -40,12 +43,9 @@ class Steps:
             found.append((wire.values(arrived), *extras))
         return found
 
-    def expand(
-        self, sources: list[Source], segment: Segment, out: Tensor | None = None, weight_X: Tensor | None = None
-    ) -> Tensor:
-        """The segment's expanded rows [X, H], grouped by expert; and their weights into weight_X."""
-        first = sources[0][0]
-        out = first.new_empty(segment.rows, first.shape[1]) if out is None else out
+    def expand(self, sources: list[Source], segment: Segment, out: Tensor, weight_X: Tensor | None = None) -> Tensor:
+        """Write the segment's expanded rows [X, H], grouped by expert, into out, which is returned; and their weights
+        into weight_X."""
         for rows, position, weight in sources:
             movers.expand(rows, position, out, weight, weight_X, segment.start)
         return out
@@ -72,103 +72,3 @@ class Steps:
         # the library knows no segments: a group each, then their sum
         parts = library.tn(a_XM, b_XN, ends_GL.view(-1))
         return parts.view(*ends_GL.shape, *parts.shape[1:]).sum(0)
-
-
-class Backward:
-    """dy goes the way of x, dx that of y: 1 dispatch dy; for each segment 2 expand dy, 3 back through w2 and SwiGLU,
-    4 back through w1 and w3, merge and give back; 5 weight gradients; 6 combine at home.
-
-    With several segments the weight gradients come last, computed while dx travels. With one, w2's comes before step
-    4, so that the expanded dy need not live beside the expanded dx.
-    """
-
-    def __init__(self, steps: Steps, saved: Sequence[Tensor], dy: Tensor, needs: Sequence[bool]) -> None:
-        self.x, self.weights, self.w1, self.w2, self.w3, *kept = saved
-        self.steps, self.dy, self.needs = steps, dy, needs
-        self.kept = iter(kept)
-        self.single = len(steps.segments) == 1
-        rows, (_, width, hidden) = steps.segments[-1].end, self.w1.shape
-        self.rows_XH: Tensor | None = dy.new_empty(rows, hidden)
-        self.both_X2F = dy.new_empty(rows, 2 * width)
-        self.weighted_XF: Tensor | None = None if self.single else dy.new_empty(rows, width)
-        self.out, self.back = (Wire(hidden, self.weights.shape[1], dy.dtype, extras) for extras in (0, 1))
-        self.arrived: list[Tensor | None] = []
-        self.own_dx: list[Tensor] = []
-        self.own_scalar: Tensor | None = None
-        self.dw2: Tensor | None = None
-
-    def run(self) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weights, w1, w2 and w3."""
-        steps = self.steps
-        passes = ("combine_backward", "dispatch_backward")
-        self.exchange, _ = steps.transport.send(self.dy, steps.routes, self.out, passes, None)
-        for g, segment in enumerate(steps.segments):
-            scalar_X = self._activations(g, segment)
-            if self.single:
-                self._down_gradient()
-            self._give_back(g, segment, scalar_X)
-        if not self.single:
-            self._down_gradient()
-        dw1, dw3 = self._gate_up_gradients()
-        routes = steps.routes
-        dx, dweights = movers.combine(
-            self.own_dx, routes.own_TK, self.exchange.returned(), routes.send_TD, self.back,
-            scalar_X=self.own_scalar, slots_TK=routes.slots_TK, local=routes.geometry.local,
-        )  # fmt: skip
-        return dx, dweights, dw1, self.dw2, dw3
-
-    def _activations(self, g: int, segment: Segment) -> Tensor:
-        """Steps 2 and 3. Returns the gradients [X] of the segment's weights."""
-        steps, here = self.steps, slice(segment.start, segment.end)
-        assert self.rows_XH is not None
-        arrived = None if segment.chunk is None else next(self.kept)
-        self.arrived.append(arrived)
-        sources = steps.sources(segment, self.x, self.weights, arrived)
-        rows_XH = self.rows_XH[here]
-        if steps.recompute:
-            gate, up = steps.gate_up(steps.expand(sources, segment, rows_XH), self.w1, self.w3, g)
-        else:
-            gate, up = next(self.kept), next(self.kept)
-        dy_rows = [self.dy] if segment.own else []
-        if segment.chunk is not None:
-            dy_rows.append(self.out.values(self.exchange.arrived(segment.chunk)))
-        weight_X, scalar_X = (torch.empty(segment.rows, dtype=torch.float32, device=self.dy.device) for _ in range(2))
-        dy_sources = [(rows, p, weight) for rows, (_, p, weight) in zip(dy_rows, sources, strict=True)]
-        steps.expand(dy_sources, segment, rows_XH, weight_X)
-        grad = steps.matmul.nn(rows_XH, self.w2, steps.routes.layout.relative_GL[g])
-        weighted = grad if self.weighted_XF is None else self.weighted_XF[here]
-        swiglu.backward(gate, up, grad, weight_X, self.both_X2F[here], weighted, scalar_X)
-        if self.single:
-            self.weighted_XF = weighted
-        return scalar_X
-
-    def _down_gradient(self) -> None:
-        """Step 5 for w2, after which the expanded dy is not needed."""
-        assert self.rows_XH is not None
-        assert self.weighted_XF is not None
-        if self.needs[3]:
-            self.dw2 = self.steps.weight_gradient(self.rows_XH, self.weighted_XF)
-        self.rows_XH = self.weighted_XF = None
-
-    def _give_back(self, g: int, segment: Segment, scalar_X: Tensor) -> None:
-        """Step 4."""
-        here, arrived = slice(segment.start, segment.end), self.arrived[g]
-        dx_rows = self.steps.input_gradient(self.both_X2F[here], self.w1, self.w3, g)
-        if arrived is not None and segment.chunk is not None:
-            wire = Wire(self.x.shape[1], self.weights.shape[1], self.x.dtype, EXTRAS)
-            position = wire.extra(arrived, 0, torch.int32)
-            back = Back(dx_rows, position, segment.start, scalar_X=scalar_X)
-            self.exchange.give_back(segment.chunk, back, self.back)
-        if segment.own:
-            self.own_dx, self.own_scalar = dx_rows, scalar_X
-
-    def _gate_up_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Step 5 for w1 and w3, from x expanded anew."""
-        if not (self.needs[2] or self.needs[4]):
-            return None, None
-        x_XH = self.x.new_empty(len(self.both_X2F), self.x.shape[1])
-        for segment, arrived in zip(self.steps.segments, self.arrived, strict=True):
-            here = slice(segment.start, segment.end)
-            self.steps.expand(self.steps.sources(segment, self.x, self.weights, arrived), segment, x_XH[here])
-        gate, up = self.both_X2F.chunk(2, dim=1)
-        return self.steps.weight_gradient(gate, x_XH), self.steps.weight_gradient(up, x_XH)

@@ -5,7 +5,7 @@ positions and weights of its experts; on its way back in backward, its weight gr
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,10 @@ class Exchange(Protocol):
     shared: bool
     """Whether what arrives lies in memory that the next pass overwrites."""
 
+    def go(self, counts: Counts) -> None:
+        """What `begin` had to leave until the host knows the counts. Collective."""
+        ...
+
     def arrived(self, chunk: int) -> Tensor:
         """Rows on the wire of a chunk [R_c, W], by source, then token. Waits for them."""
         ...
@@ -55,10 +59,11 @@ class Transport(Protocol):
 
     traffic: Traffic
 
-    def send(
+    def begin(
         self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
-    ) -> tuple[Exchange, Counts]:
-        """Send tokens out, with their experts' positions and weights if weights are given. Collective.
+    ) -> Exchange:
+        """Start to send tokens out, with their experts' positions and weights if weights are given. Collective, and
+        the host waits for nothing.
 
         Args:
             passes: names of the two passes in `Traffic`.
@@ -94,41 +99,40 @@ class CollectiveTransport:
         """Start an all-to-all of rows; the result has `wait()`. By the process group's own."""
         return dist.all_to_all_single(target, source, arrives, sends, group=self.grid.expert_group, async_op=True)
 
-    def send(
+    def begin(
         self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
-    ) -> tuple["CollectiveExchange", Counts]:
-        """As `Transport.send`."""
-        counts = routes.counts()
-        exchange = CollectiveExchange(self, routes, counts, passes)
-        if routes.geometry.devices > 1:
-            exchange.begin(x_TH, wire, weight_TK)
-        return exchange, counts
+    ) -> "CollectiveExchange":
+        """As `Transport.begin`: rows are packed."""
+        g = routes.geometry
+        payload = wire.empty(x_TH.shape[0] * (g.devices - 1), x_TH)
+        for c in range(g.chunks if g.devices > 1 else 0):
+            _pack(x_TH, routes, payload, wire, weight_TK, slice(c * g.chunk_tokens, (c + 1) * g.chunk_tokens))
+        return CollectiveExchange(self, payload, passes)
 
 
-@dataclass
 class CollectiveExchange:
     """See `Exchange`."""
 
-    transport: CollectiveTransport
-    routes: Routes
+    shared = False
     counts: Counts
-    passes: tuple[str, str]
-    shared: bool = False
-    _out: list[tuple[Any, Tensor]] = field(default_factory=list)
-    _back: list[Any] = field(default_factory=list)
-    _returned: Tensor | None = None
-    _kept: list[Tensor] = field(default_factory=list)
 
-    def begin(self, x_TH: Tensor, wire: Wire, weight_TK: Tensor | None) -> None:
-        """Pack and send all chunks."""
-        counts, size = self.counts, self.routes.geometry.chunk_tokens
-        payload, inbox = wire.empty(counts.sent, x_TH), wire.empty(counts.arrived, x_TH)
+    def __init__(self, transport: CollectiveTransport, payload: Tensor, passes: tuple[str, str]) -> None:
+        self.transport, self.payload, self.passes = transport, payload, passes
+        self._out: list[tuple[Any, Tensor]] = []
+        self._back: list[Any] = []
+        self._returned: Tensor | None = None
+        self._kept = [payload]
+
+    def go(self, counts: Counts) -> None:
+        """As `Exchange.go`: all chunks are sent."""
+        self.counts = counts
+        if counts.segments[-1].chunk is None:
+            return
+        inbox = self.payload.new_empty(counts.arrived, self.payload.shape[1])
         for c, (sends, arrives) in enumerate(zip(counts.sends_CD, counts.arrives_CD, strict=True)):
-            _pack(x_TH, self.routes, payload, wire, weight_TK, slice(c * size, (c + 1) * size))
             target = inbox[counts.arrived_slice(c)]
-            work = self._move(target, payload[counts.sent_slice(c)], arrives, sends, self.passes[0])
+            work = self._move(target, self.payload[counts.sent_slice(c)], arrives, sends, self.passes[0])
             self._out.append((work, target))
-        self._kept.append(payload)
 
     def arrived(self, chunk: int) -> Tensor:
         """As `Exchange.arrived`."""
@@ -193,28 +197,19 @@ class SymmetricTransport:
         devices = devices_of_one_host(grid)
         here = torch.cuda.current_device() if devices else -1
         allowed = os.environ.get("NCCL_P2P_DISABLE") != "1"
-        reach = (
-            bool(devices) and allowed and all(p == here or torch.cuda.can_device_access_peer(here, p) for p in devices)
-        )
+        reach = allowed and all(p == here or torch.cuda.can_device_access_peer(here, p) for p in devices)
         answers: list[Any] = [None] * grid.expert_size
         dist.all_gather_object(answers, reach and bool(devices), group=grid.expert_group)
         return all(answers)
 
-    def send(
+    def begin(
         self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
-    ) -> tuple["SymmetricExchange", Counts]:
-        """As `Transport.send`. Rows are written before the host knows their number; if they did not fit, all ranks
-        know it from the counts, enlarge the buffers, and write again."""
-        exchange = SymmetricExchange(self, routes, passes)
+    ) -> "SymmetricExchange":
+        """As `Transport.begin`: rows are written, as many as fit."""
         self.boxes[0].reserve(x_TH.shape[0] * (routes.geometry.devices - 1) * wire.nbytes, agreed=False)
-        exchange.begin(x_TH, wire, weight_TK)
-        counts = routes.counts()
-        if counts.most_rows * wire.nbytes > self.boxes[0].nbytes:
-            self.boxes[0].reserve(counts.most_rows * wire.nbytes, agreed=True)
-            exchange.begin(x_TH, wire, weight_TK)
-        exchange.counts = counts
-        self.count(passes[0], counts.sent, counts.arrived, wire)
-        return exchange, counts
+        exchange = SymmetricExchange(self, routes, wire, passes, (x_TH, weight_TK))
+        exchange.write()
+        return exchange
 
     def count(self, name: str, sent: int, arrived: int, wire: Wire) -> None:
         """Count what a pass moved."""
@@ -225,26 +220,40 @@ class SymmetricTransport:
 class SymmetricExchange:
     """See `Exchange`; one chunk."""
 
-    counts: Counts
     shared = True
+    counts: Counts
 
-    def __init__(self, transport: SymmetricTransport, routes: Routes, passes: tuple[str, str]) -> None:
-        self.transport, self.routes, self.passes = transport, routes, passes
-        self._wire: Wire | None = None
+    def __init__(
+        self,
+        transport: SymmetricTransport,
+        routes: Routes,
+        wire: Wire,
+        passes: tuple[str, str],
+        sources: tuple[Tensor, Tensor | None],
+    ) -> None:
+        self.transport, self.routes, self.wire, self.passes = transport, routes, wire, passes
+        self._sources = sources
         self._wire_back: Wire | None = None
 
-    def begin(self, x_TH: Tensor, wire: Wire, weight_TK: Tensor | None) -> None:
-        """Write all rows."""
-        box, self._wire = self.transport.boxes[0], wire
+    def write(self) -> None:
+        """Write all rows that fit, and wait, on the device, until all have done so."""
+        box, (x_TH, weight_TK) = self.transport.boxes[0], self._sources
         if box.nbytes:
-            peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // wire.nbytes)
-            _pack(x_TH, self.routes, peers, wire, weight_TK, slice(None))
+            peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // self.wire.nbytes)
+            _pack(x_TH, self.routes, peers, self.wire, weight_TK, slice(None))
             box.barrier()
+
+    def go(self, counts: Counts) -> None:
+        """As `Exchange.go`: if the rows did not fit, all ranks know it, enlarge the buffers and write again."""
+        box, self.counts = self.transport.boxes[0], counts
+        if counts.most_rows * self.wire.nbytes > box.nbytes:
+            box.reserve(counts.most_rows * self.wire.nbytes, agreed=True)
+            self.write()
+        self.transport.count(self.passes[0], counts.sent, counts.arrived, self.wire)
 
     def arrived(self, chunk: int) -> Tensor:
         """As `Exchange.arrived`: a view of the shared buffer, good until the next pass out."""
-        assert self._wire is not None
-        return self.transport.boxes[0].rows(self.counts.arrived, self._wire)
+        return self.transport.boxes[0].rows(self.counts.arrived, self.wire)
 
     def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
         """As `Exchange.give_back`."""

@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,17 @@ class Transfer:
 
 
 class _Ring:
-    """One direction between two ranks, as either of them sees it."""
+    """One direction between two ranks, as either of them sees it: addresses, and how many pieces went through."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.pieces = memory, 0
         self.written, self.read = memory.data_ptr() + WRITTEN, memory.data_ptr() + READ
 
-    def next(self) -> tuple[int, Tensor]:
-        """Number of the next piece, counted from 1, and its slot."""
-        start = HEADER + self.pieces % SLOTS * SLOT_BYTES
+    def next(self) -> tuple[int, int]:
+        """Number of the next piece, counted from 1, and the address of its slot."""
+        slot = self.memory.data_ptr() + HEADER + self.pieces % SLOTS * SLOT_BYTES
         self.pieces += 1
-        return self.pieces, self.memory[start : start + SLOT_BYTES]
+        return self.pieces, slot
 
 
 class HostAllToAll:
@@ -65,6 +66,8 @@ class HostAllToAll:
         self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
         for function in (self._wait_value, self._write_value):
             function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        self._copy_async = driver.cuMemcpyAsync
+        self._copy_async.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
         self.out, self.into = torch.cuda.Stream(), torch.cuda.Stream()
         names: list[Any] = [None] * self.size
         dist.all_gather_object(names, f"/dev/shm/occult-{os.getpid()}-{id(self)}", group=group)
@@ -90,47 +93,42 @@ class HostAllToAll:
         self.into.wait_stream(now)
         source.record_stream(self.out)
         target.record_stream(self.into)
-        from_bytes, to_bytes = _by_rank(source, sends), _by_rank(target, arrives)
+        outs, ins = _spans(source, sends), _spans(target, arrives)
         for step in range(1, self.size):
-            with torch.cuda.stream(self.out):
-                self._send((self.rank + step) % self.size, from_bytes)
-            with torch.cuda.stream(self.into):
-                self._receive((self.rank - step) % self.size, to_bytes)
+            to, sender = (self.rank + step) % self.size, (self.rank - step) % self.size
+            self._send(self._sends[to], *outs[to])
+            self._receive(self._receives[sender], *ins[sender])
         return Transfer(self.into.record_event())
 
-    def _send(self, peer: int, parts: list[Tensor]) -> None:
-        ring = self._sends[peer]
-        for piece in parts[peer].split(SLOT_BYTES):
+    def _send(self, ring: _Ring, address: int, nbytes: int) -> None:
+        """Copy memory out through the ring; piece n waits until piece n - SLOTS has been read."""
+        stream = self.out.cuda_stream
+        for start in range(0, nbytes, SLOT_BYTES):
             number, slot = ring.next()
-            self._wait(self.out, ring.read, number - SLOTS)
-            slot[: piece.numel()].copy_(piece, non_blocking=True)
-            self._write(self.out, ring.written, number)
+            _checked(self._wait_value(stream, ring.read, (number - SLOTS) % 2**32, 0))
+            _checked(self._copy_async(slot, address + start, min(SLOT_BYTES, nbytes - start), stream))
+            _checked(self._write_value(stream, ring.written, number % 2**32, 0))
 
-    def _receive(self, peer: int, parts: list[Tensor]) -> None:
-        ring = self._receives[peer]
-        for piece in parts[peer].split(SLOT_BYTES):
+    def _receive(self, ring: _Ring, address: int, nbytes: int) -> None:
+        """Copy memory in through the ring. Waiting is for a counter that is at least the value, cyclic: it may wrap."""
+        stream = self.into.cuda_stream
+        for start in range(0, nbytes, SLOT_BYTES):
             number, slot = ring.next()
-            self._wait(self.into, ring.written, number)
-            piece.copy_(slot[: piece.numel()], non_blocking=True)
-            self._write(self.into, ring.read, number)
-
-    def _wait(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        """Hold the stream until the counter is at least `value`; cyclic, so it may wrap."""
-        _checked(self._wait_value(stream.cuda_stream, address, value % 2**32, 0))
-
-    def _write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        _checked(self._write_value(stream.cuda_stream, address, value % 2**32, 0))
+            _checked(self._wait_value(stream, ring.written, number % 2**32, 0))
+            _checked(self._copy_async(address + start, slot, min(SLOT_BYTES, nbytes - start), stream))
+            _checked(self._write_value(stream, ring.read, number % 2**32, 0))
 
 
 def _checked(status: int) -> None:
     if status:
-        raise RuntimeError(f"a stream memory operation failed with CUDA error {status}")
+        raise RuntimeError(f"a copy, or an operation on stream memory, failed with CUDA error {status}")
 
 
-def _by_rank(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    """The bytes for each rank."""
-    width = rows[0].numel() * rows.element_size() if len(rows) else 0
-    return list(rows.reshape(-1).view(torch.uint8).split([count * width for count in counts]))
+def _spans(rows: Tensor, counts: list[int]) -> list[tuple[int, int]]:
+    """Address and bytes of the rows of each rank."""
+    width = rows.stride(0) * rows.element_size() if len(rows) else 0
+    ends = list(accumulate(counts))
+    return [(rows.data_ptr() + (end - n) * width, n * width) for n, end in zip(counts, ends, strict=True)]
 
 
 def _pinned(path: str) -> Tensor:
