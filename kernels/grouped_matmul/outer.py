@@ -59,7 +59,7 @@ def outer_kernel(
     """out[l] = sum over the rows r of expert l, in all segments, of a[r] outer b[r]; zeros if it has none.
 
     Descriptors cannot stop at an expert's last row, so with TMA the last, incomplete block of rows is loaded through
-    pointers; that load starts before the loop and is used after it.
+    pointers, which can, and multiplied after the loop.
     """
     a_rows, b_rows = a_ptr, b_ptr
     if TMA and not GATHER_A:

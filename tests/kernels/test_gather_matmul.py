@@ -15,6 +15,9 @@ from occult_train.testing import requires_gpu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 each_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+ROUNDED_ONCE = {torch.float32: 5e-7, torch.float16: 2.6e-4, torch.bfloat16: 4e-3}
+"""h against that of the a and b returned: measured 5e-8, 2.0e-4 and 3.3e-3 (the interpreter cuts bf16 off where GPUs
+round). In fp16 it was 3.1e-4 when SwiGLU took the gate before it was rounded."""
 HIDDEN_BOUND = {dtype: 4 * error for dtype, error in ERRORS.items()}
 """h also carries the rounding of a and b: measured 1.5e-7 in fp32, 3.7e-4 in fp16 and 9.2e-3 in bf16."""
 
@@ -35,7 +38,7 @@ def check_all(got: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor
     check_close(a, expected[0])
     check_close(b, expected[1])
     check_close(h, expected[2], HIDDEN_BOUND[h.dtype])
-    check_close(h, F.silu(a.cpu().double()) * b.cpu().double())
+    check_close(h, F.silu(a.cpu().double()) * b.cpu().double(), ROUNDED_ONCE[h.dtype])
 
 
 @each_counts
