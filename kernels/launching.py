@@ -57,3 +57,8 @@ def kind(value: Any) -> Any:
 def full(grid: tuple[int, ...]) -> tuple[int, int, int]:
     """A grid of three dimensions."""
     return (*grid, 1, 1)[:3]  # type: ignore[return-value]
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two from n on; triton.next_power_of_2 takes the host microseconds."""
+    return 1 << max(n - 1, 0).bit_length()

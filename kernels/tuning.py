@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from occult_train.kernels.launching import INTERPRETED, kind
+from occult_train.kernels.launching import INTERPRETED, kind, power_of_2
 
 DEPTH = 64
 """Every BLOCK_K divides it: kernels skip tails for widths that are multiples of it."""
@@ -113,7 +113,7 @@ def rows_bucket(rows: int, experts: int) -> int:
 
 def expert_block(experts: int) -> int:
     """BLOCK_L, one value for most layers so that they share compiled kernels."""
-    return max(int(triton.next_power_of_2(experts)), 128)
+    return max(power_of_2(experts), 128)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from occult_train.kernels.rotary.autograd import rotate
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
 
@@ -46,12 +47,6 @@ def positions(config: ModelConfig, input_ids: Tensor, document_ids: Tensor | Non
     return Positions(angle.cos(), angle.sin(), mask)
 
 
-def rotate(x: Tensor, at: Positions) -> Tensor:
-    """Rotary embedding (RoFormer, arXiv 2104.09864) in the half-split layout: [B, N, S, D] -> same."""
-    first, second = x.chunk(2, dim=-1)
-    return x * at.cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * at.sin.to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention."""
 
@@ -77,7 +72,7 @@ class Attention(nn.Module):
         q, k, v = self._split(q, self.heads), self._split(k, self.kv_heads), self._split(v, self.kv_heads)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, at), rotate(k, at)
+        q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
         grouped = self.heads != self.kv_heads
         out = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))

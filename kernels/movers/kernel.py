@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from occult_train.kernels.launching import quick
+from occult_train.kernels.launching import power_of_2, quick
 from occult_train.kernels.movers.reference import Wire
 
 
@@ -163,12 +163,12 @@ def _combine_kernel(
 
 def _width(hidden: int) -> dict[str, int]:
     """Columns of a program, and its warps: 16 elements a thread."""
-    columns = min(triton.next_power_of_2(hidden), 2048)
+    columns = min(power_of_2(hidden), 2048)
     return {"BH": columns, "num_warps": max(1, min(columns // 512, 8))}
 
 
 def _grid(rows: int, hidden: int) -> tuple[int, int]:
-    return rows, triton.cdiv(hidden, min(triton.next_power_of_2(hidden), 2048))
+    return rows, triton.cdiv(hidden, min(power_of_2(hidden), 2048))
 
 
 def expand(
@@ -206,7 +206,7 @@ def pack(
     _pack_kernel[_grid(rows, hidden)](
         x_TH, send_TD, local_out, _words(local_out), address, shift, position_TK, slots_TK, weight_TK, hidden,
         x_TH.stride(0), wire.width, wire.nbytes // 4, wire.first_word, capacity,
-        D=send_TD.shape[1], K=wire.top_k, KP=triton.next_power_of_2(wire.top_k), L=local,
+        D=send_TD.shape[1], K=wire.top_k, KP=power_of_2(wire.top_k), L=local,
         PEERS=address is not None, EXTRAS=position_TK is not None, **_width(hidden),
     )  # fmt: skip
 
@@ -227,7 +227,7 @@ def merge(
         address, shift, arrive_D,
         hidden, position_RK.stride(0), 0 if weight_RK is None else weight_RK.stride(0), rows[0].stride(0),
         wire.width, wire.nbytes // 4, wire.first_word, capacity,
-        D=0 if arrive_D is None else arrive_D.numel(), K=wire.top_k, KP=triton.next_power_of_2(wire.top_k),
+        D=0 if arrive_D is None else arrive_D.numel(), K=wire.top_k, KP=power_of_2(wire.top_k),
         TWO=len(rows) == 2, WEIGHTS=weight_RK is not None, PEERS=address is not None, EXTRAS=scalar_X is not None,
         **_width(hidden),
     )  # fmt: skip
@@ -245,7 +245,7 @@ def combine(
         _combine_kernel[_grid(tokens, hidden)](
             rows[0], rows[-1], own_TK, weight_TK, scalar_X, returned, None if returned is None else _words(returned),
             send_TD, slots_TK, out, scalars, hidden, rows[0].stride(0), wire.width, wire.nbytes // 4, wire.first_word,
-            D=send_TD.shape[1], K=k, KP=triton.next_power_of_2(k), L=local, TWO=len(rows) == 2,
+            D=send_TD.shape[1], K=k, KP=power_of_2(k), L=local, TWO=len(rows) == 2,
             WEIGHTS=weight_TK is not None, AWAY=returned is not None, EXTRAS=scalar_X is not None, **_width(hidden),
         )  # fmt: skip
     return out, scalars

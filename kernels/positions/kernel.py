@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from occult_train.kernels.launching import quick
+from occult_train.kernels.launching import power_of_2, quick
 from occult_train.kernels.positions.reference import BLOCK_MULTIPLE, Geometry, Layout
 
 
@@ -182,7 +182,7 @@ def count(slots_TK: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """
     tokens, k = _check(slots_TK, geometry)
     block = _block(geometry)
-    blocks = slots_TK.new_empty((triton.cdiv(tokens, block), geometry.width), dtype=torch.int32)
+    blocks = slots_TK.new_empty((-(-tokens // block), geometry.width), dtype=torch.int32)
     counts = slots_TK.new_zeros((geometry.chunks, geometry.width), dtype=torch.int32)
     if tokens:
         _count_kernel[(blocks.shape[0],)](
@@ -209,8 +209,8 @@ def layout(counts_DCV: Tensor, geometry: Geometry) -> Layout:
     _layout_kernel[(1,)](
         counts_DCV.contiguous(), found.base_CE, found.send_CD, found.ends_GL, found.relative_GL,
         found.put_D, found.back_D, found.arrive_D,
-        RANK=g.rank, C=g.chunks, E=g.experts, D=g.devices, DP=triton.next_power_of_2(g.devices),
-        LP=triton.next_power_of_2(g.local), SPLIT=g.split,
+        RANK=g.rank, C=g.chunks, E=g.experts, D=g.devices, DP=power_of_2(g.devices),
+        LP=power_of_2(g.local), SPLIT=g.split,
     )  # fmt: skip
     return found
 
@@ -229,7 +229,7 @@ def positions(slots_TK: Tensor, blocks: Tensor, found: Layout, geometry: Geometr
 
 
 def _padded(geometry: Geometry) -> dict[str, int]:
-    return {"EP": triton.next_power_of_2(geometry.experts), "DP": triton.next_power_of_2(geometry.devices)}
+    return {"EP": power_of_2(geometry.experts), "DP": power_of_2(geometry.devices)}
 
 
 def _check(slots_TK: Tensor, geometry: Geometry) -> tuple[int, int]:

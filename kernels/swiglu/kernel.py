@@ -46,7 +46,7 @@ def _backward_kernel(gate, up, grad, weight, both, weighted, scalar, F, BF: tl.c
 def _columns(width: int) -> int:
     """Columns of a step: the power of two up to 2048 that wastes the fewest lanes, the larger of equals."""
     sizes = [size for size in (2048, 1024, 512, 256) if size < 2 * width] or [256]
-    return min(sizes, key=lambda size: triton.cdiv(width, size) * size)
+    return min(sizes, key=lambda size: -(-width // size) * size)
 
 
 def forward(gate_XF: Tensor, up_XF: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def forward(gate_XF: Tensor, up_XF: Tensor) -> Tensor:
     out = torch.empty_like(gate_XF)
     if rows:
         block = _columns(width)
-        _forward_kernel[(rows, triton.cdiv(width, block))](
+        _forward_kernel[(rows, -(-width // block))](
             gate_XF, up_XF, out, width, BF=block, num_warps=max(1, block // 512)
         )
     return out
