@@ -5,7 +5,7 @@ R rows that arrived, D devices, G segments (kernels/positions).
 
 Kept for backward, beside the inputs: the R rows that arrived, each H values and 2K words; the pre-activations, 2·X·F
 values; and (2K + D)·T integers of 4 bytes. No expanded copy of rows, no expert output. With `recompute` the
-pre-activations are not kept either.
+pre-activations are not kept either. Each is freed as soon as backward has used it, so backward runs only once.
 """
 
 from collections.abc import Callable
@@ -106,11 +106,14 @@ class _Fused(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         forward = Forward(layer, routes, x, weights, (w1, w2, w3), keep)
         y = forward.run()
-        ctx.save_for_backward(x, weights, w1, w2, w3, *forward.kept)
-        ctx.steps = forward.steps
+        ctx.save_for_backward(x, weights, w1, w2, w3)
+        ctx.steps, ctx.kept = forward.steps, forward.kept
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        backward = Backward(ctx.steps, ctx.saved_tensors, dy.contiguous(), ctx.needs_input_grad)
+        if ctx.kept is None:
+            raise RuntimeError("the fused layer frees what it keeps as backward uses it, so backward runs only once")
+        kept, ctx.kept = ctx.kept, None
+        backward = Backward(ctx.steps, ctx.saved_tensors, kept, dy.contiguous(), ctx.needs_input_grad)
         return (*backward.run(), None, None)  # slots, layer

@@ -18,13 +18,20 @@ class Backward:
     4 back through w1 and w3, merge and give back; 5 weight gradients; 6 combine at home.
 
     With several segments the weight gradients come last, computed while dx travels. With one, w2's comes before step
-    4, so that the expanded dy need not live beside the expanded dx.
+    4, so that the expanded dy need not live beside the expanded dx; and where nothing travels by then, step 6 comes
+    before the gradients of w1 and w3, so that the expanded dx need not live beside the expanded x.
+
+    Args:
+        saved: x, weights, w1, w2, w3.
+        kept: the forward's, which is emptied.
     """
 
-    def __init__(self, steps: Steps, saved: Sequence[Tensor], dy: Tensor, needs: Sequence[bool]) -> None:
-        self.x, self.weights, self.w1, self.w2, self.w3, *kept = saved
+    def __init__(
+        self, steps: Steps, saved: Sequence[Tensor], kept: list[Tensor], dy: Tensor, needs: Sequence[bool]
+    ) -> None:
+        self.x, self.weights, self.w1, self.w2, self.w3 = saved
         self.steps, self.dy, self.needs = steps, dy, needs
-        self.kept = iter(kept)
+        self.kept = kept
         self.single = len(steps.segments) == 1
         rows, (_, width, hidden) = steps.segments[-1].end, self.w1.shape
         self.rows_XH: Tensor | None = dy.new_empty(rows, hidden)
@@ -49,26 +56,24 @@ class Backward:
             self._give_back(g, segment, scalar_X)
         if not self.single:
             self._down_gradient()
+        arrived = self.single and (self.exchange.shared or steps.segments[0].chunk is None)
+        gradients = self._combine() if arrived else None
         dw1, dw3 = self._gate_up_gradients()
-        routes = steps.routes
-        dx, dweights = movers.combine(
-            self.own_dx, routes.own_TK, self.exchange.returned(), routes.send_TD, self.back,
-            scalar_X=self.own_scalar, slots_TK=routes.slots_TK, local=routes.geometry.local,
-        )  # fmt: skip
+        dx, dweights = gradients or self._combine()
         return dx, dweights, dw1, self.dw2, dw3
 
     def _activations(self, g: int, segment: Segment) -> Tensor:
         """Steps 2 and 3. Returns the gradients [X] of the segment's weights."""
         steps, here = self.steps, slice(segment.start, segment.end)
         assert self.rows_XH is not None
-        arrived = None if segment.chunk is None else next(self.kept)
+        arrived = None if segment.chunk is None else self.kept.pop(0)
         self.arrived.append(arrived)
         sources = steps.sources(segment, self.x, self.weights, arrived)
         rows_XH = self.rows_XH[here]
         if steps.recompute:
             gate, up = steps.gate_up(steps.expand(sources, segment, rows_XH), self.w1, self.w3, g)
         else:
-            gate, up = next(self.kept), next(self.kept)
+            gate, up = self.kept.pop(0), self.kept.pop(0)
         dy_rows = [self.dy] if segment.own else []
         if segment.chunk is not None:
             dy_rows.append(self.out.values(self.exchange.arrived(segment.chunk)))
@@ -101,6 +106,15 @@ class Backward:
             self.exchange.give_back(segment.chunk, back, self.back)
         if segment.own:
             self.own_dx, self.own_scalar = dx_rows, scalar_X
+
+    def _combine(self) -> tuple[Tensor, Tensor | None]:
+        """Step 6: the gradients of x and of the weights."""
+        own_dx, self.own_dx = self.own_dx, []
+        routes = self.steps.routes
+        return movers.combine(
+            own_dx, routes.own_TK, self.exchange.returned(), routes.send_TD, self.back,
+            scalar_X=self.own_scalar, slots_TK=routes.slots_TK, local=routes.geometry.local,
+        )  # fmt: skip
 
     def _gate_up_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Step 5 for w1 and w3, from x expanded anew."""
