@@ -148,7 +148,8 @@ class CheckpointConfig:
     keep: int = 2
     """Complete checkpoints to keep; older ones are removed. 0 keeps all."""
     resume: str = "auto"
-    """auto continues the latest checkpoint of the output folder, none starts anew, or a checkpoint's path."""
+    """auto continues the latest checkpoint of the output folder, none starts anew, or the path of a checkpoint to start
+    from. A path outside of the output folder counts until that folder has a checkpoint of its own."""
 
 
 @dataclass
@@ -205,6 +206,9 @@ class Config:
     def validate(self) -> None:
         """Raise ConfigError for values that no machine could run. `validate_ranks` checks what depends on ranks."""
         self.model.validate()
+        for path, text in (("output", self.output), ("moe.placement", self.moe.placement)):
+            if not text.strip():
+                raise ConfigError(f"{path} is empty")
         _one_of("moe.dispatcher", self.moe.dispatcher, DISPATCHERS)
         _one_of("moe.backend", self.moe.backend, BACKENDS)
         _one_of("moe.matmul", self.moe.matmul, MATMULS)
@@ -327,8 +331,8 @@ def to_yaml(config: Config) -> str:
 
 
 def _read(argument: str) -> Any:
-    if argument.endswith((".yaml", ".yml")) and "=" not in argument:
-        path = Path(argument)
+    path = Path(argument)
+    if argument.endswith((".yaml", ".yml")) and ("=" not in argument or path.is_file()):  # folders may hold a "="
         if not path.is_file():
             raise ConfigError(f"config file {argument} does not exist")
         try:

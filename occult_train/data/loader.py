@@ -117,7 +117,7 @@ def build_datasets(data: DataConfig, seed: int, *, vocab_size: int = 0) -> tuple
         GPTDataset(c.train, data.sequence_length, seed, mask_documents=data.mask_documents, vocab_size=limit)
         for c in corpora
     ]
-    readers = _held_out_readers(data, corpora)
+    readers = _held_out_readers(data, corpora, limit)
     try:
         valid = HeldOut(readers, data.sequence_length, mask_documents=data.mask_documents, vocab_size=limit)
     except DataError as error:
@@ -125,11 +125,12 @@ def build_datasets(data: DataConfig, seed: int, *, vocab_size: int = 0) -> tuple
     return (BlendedDataset(train, weights) if data.blend else train[0]), valid
 
 
-def _held_out_readers(data: DataConfig, corpora: list[Corpus]) -> list[IndexedReader]:
+def _held_out_readers(data: DataConfig, corpora: list[Corpus], limit: int) -> list[IndexedReader]:
     if not data.valid_path:
         return [corpus.valid for corpus in corpora if corpus.valid is not None]
     corpus = open_corpus(data.valid_path, setting="data.valid_path", tokenizer=data.tokenizer)
     _check_same_tokenizer([*corpora, corpus])
+    check_vocab(corpus, limit or 2**63)
     return [corpus.train if corpus.valid is None else corpus.valid]
 
 

@@ -1,6 +1,5 @@
 """The trainer on a real corpus: a resumed run is the run that was never stopped, and held-out loss is what it says."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,58 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import records, train
 from torch.nn import functional as F
 
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
-from occult_train.config import load
 from occult_train.inference import load_model
 from occult_train.testing import run_distributed
-from occult_train.tools.prepare import prepare
-
-SMALL = [
-    "model.hidden_size=32",
-    "model.intermediate_size=16",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=4",
-    "model.num_experts=8",
-    "model.num_experts_per_tok=3",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=2",
-    "train.precision=fp32",
-    "deepspeed.zero_optimization.stage3_param_persistence_threshold=40",  # else a model this small stays whole
-    "data.sequence_length=32",
-    "model.max_position_embeddings=64",
-    "scheduler.warmup_steps=3",
-    "eval.interval=0",
-    "eval.sequences=7",
-    "checkpoint.interval=0",
-    "monitor.interval=1",
-    "parallel.expert=2",
-]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A corpus of generated sentences."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "seven", "dogs", "run", "home"]
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + f"\nfile {i}\n")
-    prepare([str(folder)], folder / "corpus", vocab_size=300, tokenizer=None, workers=1, valid_fraction=0.2)
-    return str(folder / "corpus")
-
-
-def train(_rank: int, arguments: list[str]) -> int:
-    from occult_train.trainer import run
-
-    return run(load(SMALL + arguments))
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
 
 
 def assert_same(left: Checkpoint, right: Checkpoint) -> None:
@@ -157,20 +110,3 @@ def test_monitor_counts_what_routing_predicts(tmp_path: Path, corpus: str) -> No
             assert b["bytes_sent"] == b["copies_bytes"]
             assert sum(a["rows_sent"].values()) < a["copies_rows"]
             assert 1 <= a["c_t"] <= 2
-
-
-def test_tensorboard_holds_the_promised_scalars(tmp_path: Path, corpus: str) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    arguments = [f"data.path={corpus}", "train.steps=2", f"output={tmp_path}/run", "monitor.histogram_interval=1"]
-    run_distributed(train, 2, arguments, timeout=240)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()
-    layer = "moe/layer_00"
-    for tag in ("train/loss", "train/grad_norm", "evaluation/loss", f"{layer}/c_t", f"{layer}/rows_sent/dispatch"):
-        assert tag in tags["scalars"], tag
-    assert f"{layer}/tokens_per_expert" in tags["histograms"]
-    assert any("config" in tag for tag in tags["tensors"])
-    logged = [r["loss"] for r in records(tmp_path / "run") if r["kind"] == "step"]
-    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(logged)
