@@ -252,6 +252,8 @@ class Config:
             "monitor.histogram_interval",
         ):
             _at_least(path, _get(self, path), 0)
+        if not 0 <= self.train.seed < 2**63:
+            raise ConfigError(f"train.seed={self.train.seed} must lie between 0 and {2**63 - 1}")
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
             raise ConfigError(f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1)")
         if not 0 <= self.scheduler.min_lr_ratio <= 1:
