@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,9 +33,9 @@ class World:
     local_rank: int
 
 
-def first_number(names: tuple[str, ...], default: int) -> int:
-    """The first of the named environment variables that holds a whole number, or the default."""
-    values = (os.environ.get(name, "") for name in names)
+def first_number(names: tuple[str, ...], default: int, environment: Mapping[str, str] | None = None) -> int:
+    """The first of the named variables, of this process's environment or another, that holds a whole number."""
+    values = ((os.environ if environment is None else environment).get(name, "") for name in names)
     return next((int(value) for value in values if value.isdigit()), default)
 
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
+from occult_train.distributed import LOCAL_RANK_VARIABLES, first_number
 from occult_train.jobfiles import Failure, JobFiles, RankProcess
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -119,12 +122,29 @@ def fail(error: BaseException, first_on_host: bool = True) -> NoReturn:
     if _state.files is not None:
         _report_among_ranks(failure, _state.files)
     elif failure.kind == "user" and not first_on_host:
-        time.sleep(LOST_PEER_SECONDS)  # the launcher ends this rank when the first on the host has spoken
+        _await_first_on_host(failure.exit_code)
     if failure.kind == "user":
         _say(f"error: {failure.message}")
     else:
         _say(f"rank {failure.rank} on host {failure.host} failed:\n{failure.details.rstrip()}")
     _exit(failure.exit_code)
+
+
+def _await_first_on_host(code: int) -> None:
+    """Exit in silence once the rank that speaks for this host has ended; return if it lives on, and so has no error."""
+    deadline = time.monotonic() + LOST_PEER_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if not any(map(_is_first_on_host, psutil.Process(os.getppid()).children())):
+            _exit(code)
+
+
+def _is_first_on_host(process: psutil.Process) -> bool:
+    """Whether it is a living rank 0 of this host; a zombie has no environment left."""
+    try:
+        return first_number(LOCAL_RANK_VARIABLES, -1, process.environ()) == 0
+    except psutil.Error:
+        return False
 
 
 def _report_among_ranks(failure: Failure, files: JobFiles) -> None:
