@@ -362,6 +362,8 @@ def _explain(error: Exception, argument: str) -> str:
     path = str(getattr(error, "full_key", "") or "").partition("[")[0] or argument.partition("=")[0]
     known = list(_paths(Config))
     message = " ".join(str(getattr(error, "msg", None) or error).split("full_key:")[0].split())
+    if path.startswith("data.blend.") and "is not Optional" in message:
+        return f"{path} has no weight; write data.blend='{{CORPUS: WEIGHT, ...}}', with a space after each colon"
     if any(path.startswith(f"{k}.") and not _is_section(k) for k in known):
         return f"{path}: {message}"
     if (
