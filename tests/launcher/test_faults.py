@@ -199,3 +199,18 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
 )
 def test_a_job_without_a_report(tmp_path: Path, code: int, words: str) -> None:
     assert explain(code, JobFiles(tmp_path, "none")) == words
+
+
+def test_a_report_finds_room_on_a_disk_that_fills_up_later(tmp_path: Path) -> None:
+    """The room is there while the launch runs, gives way to the report, and is gone when a rank ends well."""
+    files = JobFiles(tmp_path / "run", "launch")
+    files.create()
+    (room,) = (tmp_path / "run" / ".launch" / "launch").iterdir()
+    assert room.stat().st_blocks * 512 >= len(_failure().to_text())
+    assert files.claim(_failure()) is None
+    assert not room.exists()
+    assert files.failure() == _failure()
+    again = JobFiles(tmp_path / "run", "again")
+    again.create()
+    again.leave(RankProcess.of_this_process(0), well=True)
+    assert not (tmp_path / "run" / ".launch" / "again").exists()

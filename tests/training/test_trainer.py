@@ -110,3 +110,48 @@ def test_monitor_counts_what_routing_predicts(tmp_path: Path, corpus: str) -> No
             assert b["bytes_sent"] == b["copies_bytes"]
             assert sum(a["rows_sent"].values()) < a["copies_rows"]
             assert 1 <= a["c_t"] <= 2
+
+
+def fill_disk(rank: int, arguments: list[str]) -> str:
+    """Train on a disk that takes no second log line; the message of the error on rank 0."""
+    import errno
+
+    from occult_train import runlog
+    from occult_train.errors import UserError
+
+    append, taken = runlog.append, []
+
+    def append_once(path: Path, record: dict[str, Any]) -> None:
+        if taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        taken.append(1)
+        append(path, record)
+
+    runlog.append = append_once
+    with pytest.raises(UserError) as raised:
+        train(rank, arguments)
+    return str(raised.value)
+
+
+def test_a_disk_that_is_full_of_logs_is_a_users_matter(tmp_path: Path, corpus: str) -> None:
+    arguments = ["parallel.expert=1", f"data.path={corpus}", f"output={tmp_path}/run", "train.steps=3"]
+    (message,) = run_distributed(fill_disk, 1, arguments, timeout=240)
+    assert message == f"output={tmp_path}/run cannot be written: No space left on device"
+
+
+def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(tmp_path: Path, corpus: str) -> None:
+    """The same command continues; a folder's own older checkpoint can be gone back to. Names may hold a "="."""
+    base, run = tmp_path / "lr=1e-3", tmp_path / "run"
+    common = ["parallel.expert=1", f"data.path={corpus}", "checkpoint.keep=0"]
+    run_distributed(train, 1, [*common, f"output={base}", "train.steps=2"], timeout=240)
+    mine = [*common, f"output={run}", f"checkpoint.resume={base}"]
+    run_distributed(train, 1, [*mine, "train.steps=3"], timeout=240)
+    assert [record["step"] for record in records(run)] == [3, 3]
+    (run / "checkpoints" / "step-00000003" / "mark").touch()
+    run_distributed(train, 1, [*mine, "train.steps=4"], timeout=240)
+    assert [record["step"] for record in records(run)] == [3, 3, 4, 4]
+    assert (run / "checkpoints" / "step-00000003" / "mark").exists(), "not made again"
+    back = [*common, f"output={run}", f"checkpoint.resume={run}/checkpoints/step-00000003", "train.steps=4"]
+    run_distributed(train, 1, back, timeout=240)
+    assert [record["step"] for record in records(run)] == [3, 3, 4, 4]
+    assert load_model(open_checkpoint(base)).config == load_model(open_checkpoint(run)).config
