@@ -157,7 +157,7 @@ class MonitorConfig:
     """What is written down while training."""
 
     interval: int = 10
-    """Steps between log lines and TensorBoard points."""
+    """Steps between log lines and TensorBoard points; the first and the last step have one too."""
     histogram_interval: int = 100
     """Steps between expert-load histograms; 0 for none."""
 

@@ -149,7 +149,7 @@ class Trainer:
 
     def _train_step(self, batches: Batches) -> None:
         """One optimizer step: all its micro-batches, clipping, AdamW, balancing, log."""
-        logged = _due(self.step + 1, self.config.monitor.interval) or self.step == 0
+        logged = _due(self.step + 1, self.config.monitor.interval) or self.step in (0, self.config.train.steps - 1)
         if logged:
             self.meter.start()
         rate = learning_rate(self.config, self.step)
