@@ -270,7 +270,10 @@ class Config:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
         if self.data.path and self.data.blend:
-            raise ConfigError(f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given")
+            raise ConfigError(
+                f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given; "
+                "data.path= takes the first away"
+            )
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ConfigError for what cannot run on `ranks` ranks."""
@@ -346,11 +349,12 @@ def _read(argument: str) -> Any:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"config file {argument} must hold keys and values")
         return loaded
-    key, equals, _ = argument.partition("=")
+    key, equals, value = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"argument {argument!r} is neither a .yaml file nor an override like train.steps=100")
     try:
-        return OmegaConf.from_dotlist([argument])
+        # a shell takes the quotes of data.path='' away, and YAML reads nothing as null
+        return OmegaConf.from_dotlist([argument if value else f"{key}=''"])
     except OmegaConfBaseException:
         raise
     except Exception as error:

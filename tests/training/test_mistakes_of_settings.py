@@ -15,18 +15,18 @@ from occult_train.testing import run_distributed
 
 CORPORA = [
     ("data.path=nowhere", r"data\.path=nowhere does not exist, neither as a folder nor as nowhere\.bin and \.idx"),
-    ("data.path=''", r"data\.path is empty; name a folder made by `occult prepare`, or a \.bin/\.idx prefix"),
+    ("data.path=", r"data\.path is empty; name a folder made by `occult prepare`, or a \.bin/\.idx prefix"),
     ("data.path=empty", r"data\.path=empty has no corpus\.json: not finished or not a corpus; .*"),
     ("data.path=broken", r"broken\.idx is not a Megatron index: .*"),
     ("data.path=short model.vocab_size=64", r"short\.bin has 9 tokens, fewer than the 33 of one sample .*"),
-    ("data.path='' data.blend.corpus=0", r"data\.blend has the weight 0\.0; weights must be positive"),
+    ("data.path= data.blend.corpus=0", r"data\.blend has the weight 0\.0; weights must be positive"),
     ("data.valid_path=nowhere", r"data\.valid_path=nowhere does not exist, .*"),
 ]
 VOCABULARIES = [
     ("data.tokenizer=other", r"wrong tokenizer for the corpus data\.path=corpus: other/tokenizer\.model has .*"),
     ("data.path=unlike", r"wrong tokenizer for the corpus data\.path=unlike: unlike/tokenizer\.model has .*"),
     (
-        "data.path='' data.blend.corpus=1 data.blend.other=1",
+        "data.path= data.blend.corpus=1 data.blend.other=1",
         r"data\.blend=corpus and data\.blend=other were made with .*",
     ),
     ("data.valid_path=other", r"data\.path=corpus and data\.valid_path=other were made with different tokenizers"),
