@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from occult_train.checkpoint.store import Checkpoint, write_durably
 from occult_train.config import Config
-from occult_train.data.tokenizer import Tokenizer
+from occult_train.data.tokenizer import CONFIG, SentencePieceTokenizer, Tokenizer
 from occult_train.errors import ConfigError, UserError, writing
 from occult_train.inference import checkpoint_config, load_model, open_run, run_tokenizer
 from occult_train.models.huggingface import Family, family_of
@@ -65,7 +65,7 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str, shard_bytes: int, t
         write_durably(output / MARK, json.dumps({"run": config.output, "dtype": name}, indent=1))
         _write_weights(checkpoint, family, output, DTYPES[name], shard_bytes)
         _write_configs(family, config, output, name, tokenizer.eod_id)
-        tokenizer.save(output)
+        _write_tokenizer(tokenizer, output)
 
 
 def _check_output(output: Path) -> None:
@@ -107,6 +107,13 @@ def _write_weights(checkpoint: Checkpoint, family: Family, output: Path, dtype: 
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_durably(output / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def _write_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    tokenizer.save(output)
+    config = tokenizer.transformers_config() if isinstance(tokenizer, SentencePieceTokenizer) else None
+    if config is not None:
+        write_durably(output / CONFIG, json.dumps(config, indent=1))
 
 
 def _write_configs(family: Family, config: Config, output: Path, dtype: str, eos: int) -> None:

@@ -97,6 +97,26 @@ class SentencePieceTokenizer:
         _replace(path, self._bytes)
         return path
 
+    def transformers_config(self) -> dict[str, Any] | None:
+        """The tokenizer_config.json with which transformers gives the same ids, but for U+2581, which it takes for a
+        space, and names of special tokens, which it reads as those. None for a model that normalises.
+
+        Without one it guesses another class, which drops spaces and line ends.
+        """
+        if self._mark is None:
+            return None
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "unk_token": self._model.id_to_piece(self._model.unk_id()),
+            "bos_token": None,
+            "eos_token": self._model.id_to_piece(self.eod_id),
+        }
+
     def _usual_eod(self, path: Path) -> str | None:
         named = _eos_token(_read_config(path.with_name(CONFIG)))
         return named if named and self._has(named) else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from occult_train.checkpoint import state, store
 from occult_train.checkpoint.store import Checkpoint
@@ -83,7 +83,12 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Tokeni
     name = "model.layers.1.mlp.experts.5.gate_proj.weight"
     shard = load_file(tmp_path / "hf" / index["weight_map"][name])
     assert torch.equal(shard[name], opened.read("layers.1.moe.experts.w1.5"))
-    assert load_tokenizer(tmp_path / "hf").fingerprint() == tokenizer.fingerprint()
+    ours, theirs = load_tokenizer(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (ours.fingerprint(), ours.eod_id) == (tokenizer.fingerprint(), tokenizer.eod_id)
+    assert theirs.eos_token_id == tokenizer.eod_id
+    for text in ("the cat sat", " a", "def  read(x):\n\treturn x1234\n\n", "é 日本 ok", Path(__file__).read_text()):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
 
 
 def test_a_wrong_export_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
