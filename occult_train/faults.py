@@ -135,8 +135,16 @@ def _await_first_on_host(code: int) -> None:
     deadline = time.monotonic() + LOST_PEER_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.1)
-        if not any(map(_is_first_on_host, psutil.Process(os.getppid()).children())):
+        if not any(map(_is_first_on_host, _siblings())):
             _exit(code)
+
+
+def _siblings() -> list[psutil.Process]:
+    """Processes that whoever started this one has started; none once that one is gone."""
+    try:
+        return psutil.Process(os.getppid()).children()
+    except psutil.Error:
+        return []
 
 
 def _is_first_on_host(process: psutil.Process) -> bool:
