@@ -17,9 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import NoReturn
 
-import psutil
-
-from occult_train.distributed import LOCAL_RANK_VARIABLES, first_number
+from occult_train.distributed import first_on_host_lives
 from occult_train.jobfiles import Failure, JobFiles, RankProcess
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -135,24 +133,8 @@ def _await_first_on_host(code: int) -> None:
     deadline = time.monotonic() + LOST_PEER_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.1)
-        if not any(map(_is_first_on_host, _siblings())):
+        if not first_on_host_lives():
             _exit(code)
-
-
-def _siblings() -> list[psutil.Process]:
-    """Processes that whoever started this one has started; none once that one is gone."""
-    try:
-        return psutil.Process(os.getppid()).children()
-    except psutil.Error:
-        return []
-
-
-def _is_first_on_host(process: psutil.Process) -> bool:
-    """Whether it is a living rank 0 of this host; a zombie has no environment left."""
-    try:
-        return first_number(LOCAL_RANK_VARIABLES, -1, process.environ()) == 0
-    except psutil.Error:
-        return False
 
 
 def _report_among_ranks(failure: Failure, files: JobFiles) -> None:

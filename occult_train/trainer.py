@@ -3,7 +3,6 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from occult_train.meter import StepMeter, StepRecord, peak_flops
 from occult_train.monitor import Monitor
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
+from occult_train.stopvote import StopVote
 
 _ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -114,7 +114,7 @@ class Trainer:
 
     def train(self) -> None:
         """Train until train.steps, saving and evaluating on the way; stop early, saved, when asked to."""
-        stop = _StopVote(StopSignal(), self.device)
+        stop = StopVote(StopSignal(), self.device)
         saved_at = self.step if self.step else -1
         self.monitor.start(self.step)
         try:
@@ -250,25 +250,6 @@ def _given(setting: str) -> Checkpoint:
         return open_checkpoint(Path(setting))
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint.resume={setting} (auto, none, or a path): {error}") from None
-
-
-class _StopVote:
-    """Whether any rank was asked to stop, known to all in the same step. The answer is one step late, so that nothing
-    waits for it."""
-
-    def __init__(self, signal: StopSignal, device: torch.device) -> None:
-        self.signal, self.device = signal, device
-        self._pending: tuple[Tensor, Any] | None = None
-
-    def agreed(self) -> bool:
-        """Collective: last step's vote; casts this step's."""
-        before = self._pending
-        vote = torch.tensor([int(self.signal.requested)], device=self.device)
-        self._pending = (vote, dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True))
-        if before is None:
-            return False
-        before[1].wait()
-        return bool(before[0].item())
 
 
 def _due(step: int, interval: int) -> bool:
