@@ -14,7 +14,7 @@ check-tools:
 	@missing=""; \
 	for t in git g++ $(PYTHON); do command -v $$t >/dev/null || missing="$$missing $$t"; done; \
 	if [ -z "$$missing" ]; then \
-	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || missing="$$missing python>=3.11(found:$$($(PYTHON) -V 2>&1 | cut -d" " -f2))"; \
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || missing="$$missing python 3.11 to 3.13 (found $$($(PYTHON) -V 2>&1 | cut -d" " -f2))"; \
 	  $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	  $(PYTHON) -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null || missing="$$missing python3-dev"; \
 	fi; \

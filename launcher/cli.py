@@ -139,7 +139,7 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 def main() -> None:
     """The console entry point. A wrong command line, too, is one line and exit code 2."""
     try:
-        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="occult")
     except UsageError as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "occult")
         words = error.format_message().rstrip(".?")

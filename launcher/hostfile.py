@@ -88,7 +88,7 @@ def _first(hosts: Slots, num_nodes: int, num_gpus: int) -> Slots:
     kept = dict(list(hosts.items())[: num_nodes or None])
     for host, slots in kept.items():
         if num_gpus > len(slots):
-            raise UserError(f"--num-gpus={num_gpus} but host {host} has {len(slots)}")
+            raise UserError(f"--num-gpus={num_gpus} but host {host} has {len(slots)} slots")
     return {host: slots[: num_gpus or None] for host, slots in kept.items()}
 
 

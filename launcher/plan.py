@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from occult_train.config import Config
 from occult_train.distributed import free_port
 from occult_train.errors import UserError
-from occult_train.launcher import hostfile
+from occult_train.launcher import hostfile, passed
 
 PROGRAMS = {
     "pdsh": "pdsh",
@@ -26,11 +26,6 @@ PROGRAMS = {
 }
 """What DeepSpeed looks for on PATH, by launcher."""
 WITHOUT_FILTERS = ("openmpi", "mpich", "impi", "mvapich")
-OWN_FLAGS = (
-    *("hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators", "master_addr", "master_port"),
-    *("launcher", "force_multi", "no_ssh_check", "module", "no_python", "no_local_rank"),
-)
-"""Flags of `deepspeed` that `occult train` sets itself."""
 SSH_SECONDS = 20
 
 
@@ -77,7 +72,7 @@ def make(config: Config, options: Options) -> Plan:
     Raises:
         UserError: something given cannot work; nothing has been started.
     """
-    extra = _extra_flags(options)
+    extra = passed.flags(options.deepspeed_args)
     gpus = count_gpus()
     path = options.hostfile or (hostfile.DEFAULT_HOSTFILE if os.path.exists(hostfile.DEFAULT_HOSTFILE) else "")
     quiet = [] if options.verbose else ["--log_level=critical"]  # its one error is that a rank's exit code is not 0
@@ -219,18 +214,6 @@ def _ssh(host: str, command: str) -> str:
         reason = " ".join((error.stderr or "").split()) or f"ssh exited with {error.returncode}"
         raise UserError(f"host {host} cannot be reached by ssh without a password: {reason}") from None
     return done.stdout
-
-
-def _extra_flags(options: Options) -> list[str]:
-    try:
-        extra = shlex.split(options.deepspeed_args)
-    except ValueError as error:
-        raise UserError(f"--deepspeed-args={options.deepspeed_args}: {error}") from None
-    for flag in extra:
-        name = flag.split("=")[0].lstrip("-").replace("-", "_")
-        if flag.startswith("-") and (name in OWN_FLAGS or flag.split("=")[0] in ("-H", "-i", "-e")):
-            raise UserError(f"--deepspeed-args: {flag.split('=')[0]} is an option of `occult train`, or set by it")
-    return extra
 
 
 def _ranks(count: int) -> str:

@@ -1,4 +1,7 @@
-"""A decoder-only transformer with mixture-of-experts layers. B batch, S sequence, H width, V vocabulary."""
+"""A decoder-only transformer with mixture-of-experts layers.
+
+B batch, S sequence, H width, V vocabulary, Lm MoE layers.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,8 +92,10 @@ class Losses:
     """Detached parts of one forward's loss, for the log."""
 
     cross_entropy: Tensor
-    balance: Tensor
-    z: Tensor
+    balance_Lm: Tensor
+    """[Lm] load-balancing loss of each MoE layer, unweighted."""
+    z_Lm: Tensor
+    """[Lm] z-loss of each MoE layer, unweighted."""
 
 
 class GPT(nn.Module):
@@ -139,11 +144,11 @@ class GPT(nn.Module):
         cross_entropy = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100)
         if not self.training:
             return cross_entropy
-        balance, z = self.balancer.losses(routings)
-        self.last_losses = Losses(cross_entropy.detach(), balance.detach(), z.detach())
-        loss = cross_entropy + self.runtime.z_loss_coef * z
+        balance_Lm, z_Lm = self.balancer.losses(routings)
+        self.last_losses = Losses(cross_entropy.detach(), balance_Lm.detach(), z_Lm.detach())
+        loss = cross_entropy + self.runtime.z_loss_coef * z_Lm.mean()
         if self.runtime.balance == "aux_loss":
-            loss = loss + self.runtime.aux_loss_coef * balance
+            loss = loss + self.runtime.aux_loss_coef * balance_Lm.mean()
         return loss
 
     @torch.no_grad()

@@ -148,7 +148,8 @@ class CheckpointConfig:
     keep: int = 2
     """Complete checkpoints to keep; older ones are removed. 0 keeps all."""
     resume: str = "auto"
-    """auto continues the latest checkpoint of the output folder, none starts anew, or a checkpoint's path."""
+    """auto continues the latest checkpoint of the output folder, none starts anew, or the path of a checkpoint to start
+    from. A path outside of the output folder counts until that folder has a checkpoint of its own."""
 
 
 @dataclass
@@ -156,7 +157,7 @@ class MonitorConfig:
     """What is written down while training."""
 
     interval: int = 10
-    """Steps between log lines and TensorBoard points."""
+    """Steps between log lines and TensorBoard points; the first and the last step have one too."""
     histogram_interval: int = 100
     """Steps between expert-load histograms; 0 for none."""
 
@@ -205,6 +206,9 @@ class Config:
     def validate(self) -> None:
         """Raise ConfigError for values that no machine could run. `validate_ranks` checks what depends on ranks."""
         self.model.validate()
+        for path, text in (("output", self.output), ("moe.placement", self.moe.placement)):
+            if not text.strip():
+                raise ConfigError(f"{path} is empty")
         _one_of("moe.dispatcher", self.moe.dispatcher, DISPATCHERS)
         _one_of("moe.backend", self.moe.backend, BACKENDS)
         _one_of("moe.matmul", self.moe.matmul, MATMULS)
@@ -248,6 +252,8 @@ class Config:
             "monitor.histogram_interval",
         ):
             _at_least(path, _get(self, path), 0)
+        if not 0 <= self.train.seed < 2**63:
+            raise ConfigError(f"train.seed={self.train.seed} must lie between 0 and {2**63 - 1}")
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
             raise ConfigError(f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1)")
         if not 0 <= self.scheduler.min_lr_ratio <= 1:
@@ -264,7 +270,10 @@ class Config:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
         if self.data.path and self.data.blend:
-            raise ConfigError(f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given")
+            raise ConfigError(
+                f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given; "
+                "data.path= takes the first away"
+            )
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ConfigError for what cannot run on `ranks` ranks."""
@@ -327,8 +336,8 @@ def to_yaml(config: Config) -> str:
 
 
 def _read(argument: str) -> Any:
-    if argument.endswith((".yaml", ".yml")) and "=" not in argument:
-        path = Path(argument)
+    path = Path(argument)
+    if argument.endswith((".yaml", ".yml")) and ("=" not in argument or path.is_file()):  # folders may hold a "="
         if not path.is_file():
             raise ConfigError(f"config file {argument} does not exist")
         try:
@@ -340,11 +349,12 @@ def _read(argument: str) -> Any:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"config file {argument} must hold keys and values")
         return loaded
-    key, equals, _ = argument.partition("=")
+    key, equals, value = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"argument {argument!r} is neither a .yaml file nor an override like train.steps=100")
     try:
-        return OmegaConf.from_dotlist([argument])
+        # a shell takes the quotes of data.path='' away, and YAML reads nothing as null
+        return OmegaConf.from_dotlist([argument if value else f"{key}=''"])
     except OmegaConfBaseException:
         raise
     except Exception as error:
@@ -356,6 +366,8 @@ def _explain(error: Exception, argument: str) -> str:
     path = str(getattr(error, "full_key", "") or "").partition("[")[0] or argument.partition("=")[0]
     known = list(_paths(Config))
     message = " ".join(str(getattr(error, "msg", None) or error).split("full_key:")[0].split())
+    if path.startswith("data.blend.") and "is not Optional" in message:
+        return f"{path} has no weight; write data.blend='{{CORPUS: WEIGHT, ...}}', with a space after each colon"
     if any(path.startswith(f"{k}.") and not _is_section(k) for k in known):
         return f"{path}: {message}"
     if (

@@ -9,9 +9,12 @@ import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+
+import psutil
 
 from occult_train.errors import UserError
 
@@ -32,10 +35,26 @@ class World:
     local_rank: int
 
 
-def first_number(names: tuple[str, ...], default: int) -> int:
-    """The first of the named environment variables that holds a whole number, or the default."""
-    values = (os.environ.get(name, "") for name in names)
+def first_number(names: tuple[str, ...], default: int, environment: Mapping[str, str] | None = None) -> int:
+    """The first of the named variables, of this process's environment or another, that holds a whole number."""
+    values = ((os.environ if environment is None else environment).get(name, "") for name in names)
     return next((int(value) for value in values if value.isdigit()), default)
+
+
+def first_on_host_lives() -> bool:
+    """Whether rank 0 of this host, a child of the same launcher, still runs. A zombie has no environment left."""
+    try:
+        siblings = psutil.Process(os.getppid()).children()
+    except psutil.Error:  # the launcher is gone
+        return False
+    return any(_local_rank(process) == 0 for process in siblings)
+
+
+def _local_rank(process: psutil.Process) -> int:
+    try:
+        return first_number(LOCAL_RANK_VARIABLES, -1, process.environ())
+    except psutil.Error:
+        return -1
 
 
 def prepare_environment() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import nn
 
@@ -122,6 +123,7 @@ def build_engine(
         say: takes a line for the user, on rank 0.
     """
     check_deepspeed(config)
+    _check_device(config.train.precision)
     if model is None:
         way, chosen = choose_way(config, grid)
         with torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"):
@@ -145,6 +147,14 @@ def build_engine(
     quiet = io.StringIO() if not logger.isEnabledFor(logging.INFO) else sys.stdout
     with contextlib.redirect_stdout(quiet):
         return deepspeed.initialize(model=model, model_parameters=parameters, config=settings)[0]
+
+
+def _check_device(precision: str) -> None:
+    """Raise ConfigError for a precision that DeepSpeed does not train in on this device."""
+    device = get_accelerator()
+    supported = {"fp16": device.is_fp16_supported, "bf16": device.is_bf16_supported}
+    if precision in supported and not supported[precision]():
+        raise ConfigError(f"train.precision={precision}: DeepSpeed does not train in it on this {device.device_name()}")
 
 
 def learning_rate(config: Config, step: int) -> float:

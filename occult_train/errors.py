@@ -1,5 +1,8 @@
 """Errors that are a user's to mend. The entry points print their message alone, in one line, and exit with 2."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user typed or gave is wrong. The message names the setting, its value and what it clashes with.
@@ -25,3 +28,16 @@ class CheckpointError(UserError):
 
 class PlacementError(UserError):
     """An expert placement is not a permutation, or belongs to another model."""
+
+
+@contextmanager
+def writing(setting: str) -> Iterator[None]:
+    """Turn an OSError met in the block, such as a full disk, into a UserError that names where was written to.
+
+    Args:
+        setting: the setting and its value, e.g. `output=runs/mine`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{setting} cannot be written: {error.strerror or error}") from None

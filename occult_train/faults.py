@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import NoReturn
 
+from occult_train.distributed import first_on_host_lives
 from occult_train.jobfiles import Failure, JobFiles, RankProcess
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -119,12 +120,21 @@ def fail(error: BaseException, first_on_host: bool = True) -> NoReturn:
     if _state.files is not None:
         _report_among_ranks(failure, _state.files)
     elif failure.kind == "user" and not first_on_host:
-        time.sleep(LOST_PEER_SECONDS)  # the launcher ends this rank when the first on the host has spoken
+        _await_first_on_host(failure.exit_code)
     if failure.kind == "user":
         _say(f"error: {failure.message}")
     else:
         _say(f"rank {failure.rank} on host {failure.host} failed:\n{failure.details.rstrip()}")
     _exit(failure.exit_code)
+
+
+def _await_first_on_host(code: int) -> None:
+    """Exit in silence once the rank that speaks for this host has ended; return if it lives on, and so has no error."""
+    deadline = time.monotonic() + LOST_PEER_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if not first_on_host_lives():
+            _exit(code)
 
 
 def _report_among_ranks(failure: Failure, files: JobFiles) -> None:

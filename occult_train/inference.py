@@ -10,7 +10,8 @@ from occult_train.checkpoint.logical import logical_tensors
 from occult_train.checkpoint.state import check_fits
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import Config
-from occult_train.errors import CheckpointError
+from occult_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from occult_train.errors import CheckpointError, DataError
 from occult_train.models.gpt import GPT
 from occult_train.parallel.grid import Grid
 
@@ -39,25 +40,37 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
     return model.eval()
 
 
-def tokenizer_file(checkpoint: Checkpoint, given: str = "") -> Path:
-    """The tokenizer of a checkpoint's run, or the given one.
+def run_tokenizer(checkpoint: Checkpoint, given: str = "") -> Tokenizer:
+    """The tokenizer of a checkpoint's run, or the given one (`--tokenizer`).
 
     Raises:
-        CheckpointError: none is found.
+        CheckpointError: the run has none.
+        DataError: it cannot be read, or has ids that the model lacks.
     """
-    run = checkpoint.folder.parent.parent
-    candidates = [Path(given)] if given else [run / "tokenizer.model", run / "tokenizer.json"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise CheckpointError(f"no tokenizer beside {checkpoint.folder} (looked for {', '.join(map(str, candidates))})")
+    folder = checkpoint.folder.parent.parent
+    found = Path(given) if given else find_tokenizer(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}, the run of {checkpoint.folder.name}, has no tokenizer; name one: --tokenizer")
+    tokenizer, known = load_tokenizer(found), checkpoint_config(checkpoint).model.vocab_size
+    if tokenizer.vocab_size > known:
+        raise DataError(
+            f"tokenizer {found} has {tokenizer.vocab_size} ids, the model of {checkpoint.folder} has "
+            f"model.vocab_size={known}"
+        )
+    return tokenizer
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: list[int], length: int, temperature: float, seed: int, stop: int | None) -> list[int]:
+def generate(
+    model: GPT, prompt: list[int], length: int, temperature: float, seed: int, stop: int | None, vocab_size: int = 0
+) -> list[int]:
     """Continue `prompt` by up to `length` tokens; temperature 0 takes the likeliest token each time.
 
     The last max_position_embeddings tokens are what the model sees.
+
+    Args:
+        stop: a token that ends the text, not returned.
+        vocab_size: ids from it on (a padded vocabulary's) are never chosen; 0 allows all.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device)
@@ -65,7 +78,7 @@ def generate(model: GPT, prompt: list[int], length: int, temperature: float, see
     tokens = list(prompt)
     for _ in range(length):
         window = torch.tensor([tokens[-model.config.max_position_embeddings :]], device=device)
-        token = int(_pick(model(window)[0, -1].float(), temperature, generator))
+        token = int(_pick(model(window)[0, -1, : vocab_size or None].float(), temperature, generator))
         if token == stop:
             break
         tokens.append(token)

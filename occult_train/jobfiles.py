@@ -4,6 +4,7 @@
     <output>/.launch/<launch>/rank-3    the process of a rank that is set up, removed when it ends of its own accord
     <output>/.launch/<launch>/running   the process of `occult train`, removed by rank 0 when it ends well
     <output>/.launch/<launch>/stop      a request to save and stop
+    <output>/.launch/<launch>/room-HOST-PID    some bytes that give way to the report where the disk is full
 
 On several hosts the folder must be shared, as checkpoints need it to be anyway. Nothing here imports torch.
 """
@@ -21,9 +22,11 @@ from pathlib import Path
 
 import psutil
 
-from occult_train.errors import UserError
+from occult_train.errors import UserError, writing
 
 MESSAGE_LENGTH = 500
+ROOM_BYTES = 16 << 10
+"""Of a report: message and traceback."""
 
 
 def new_launch() -> str:
@@ -128,24 +131,22 @@ class JobFiles:
         self.launch = launch
         self.report = self.output / "errors" / f"{launch}.txt"
         self._folder = self.output / ".launch" / launch
+        self._room = self._folder / f"room-{socket.gethostname()}-{os.getpid()}"
 
     def create(self) -> None:
-        """Make the folders and check that they can be written.
+        """Make the folders, check that they can be written, and keep some room for this process's report.
 
         Raises:
             UserError: they cannot.
         """
-        probe = self._folder / f"probe-{socket.gethostname()}-{os.getpid()}"
-        try:
+        with writing(f"output={self.output}"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"\0" * 4096)
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"output={self.output} cannot be written: {error.strerror or error}") from None
+            self._room.write_bytes(os.urandom(ROOM_BYTES))  # a file system that compresses would keep none for zeros
 
     def claim(self, failure: Failure) -> Failure | None:
         """Report a failure unless another rank has; then return that rank's."""
         try:
+            self._room.unlink(missing_ok=True)
             self.report.parent.mkdir(exist_ok=True)
             handle = os.open(self.report, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -172,11 +173,13 @@ class JobFiles:
 
     def enter(self, process: RankProcess) -> None:
         """Record that a rank is set up and listens for `request_stop`."""
-        (self._folder / f"rank-{process.rank}").write_text(json.dumps(asdict(process)))
+        with writing(f"output={self.output}"):
+            (self._folder / f"rank-{process.rank}").write_text(json.dumps(asdict(process)))
 
     def leave(self, process: RankProcess, well: bool) -> None:
         """Record that a rank ends of its own accord: well, or after what `claim` or a signal has explained."""
         with contextlib.suppress(OSError):  # others are still in it
+            self._room.unlink(missing_ok=True)
             (self._folder / f"rank-{process.rank}").unlink(missing_ok=True)
             if well and process.rank == 0:
                 self._running.unlink(missing_ok=True)

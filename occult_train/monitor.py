@@ -1,116 +1,19 @@
-"""What a run writes down: TensorBoard through DeepSpeed's monitor, `log.jsonl`, and a progress bar."""
+"""What a run writes down: TensorBoard and what else DeepSpeed's monitor writes to, `log.jsonl`, and a progress bar."""
 
-import json
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
-from occult_train.moe.collaboration import CollaborationCounts, CollaborationMeter
-from occult_train.moe.layer import MoELayer
-from occult_train.parallel.traffic import PASSES
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
-"""Datasheet bf16 rate without sparsity, by a part of the device's name."""
-
-
-@dataclass
-class LayerRecord:
-    """One MoE layer over one optimizer step, summed over ranks."""
-
-    layer: int
-    c_t: float
-    intra_share: float
-    load_max_over_mean: float
-    rows_sent: dict[str, int]
-    bytes_sent: int
-    copies_rows: int
-    """Rows that K copies would have sent in the same four passes."""
-    copies_bytes: int
-
-
-@dataclass
-class StepRecord:
-    """One logged optimizer step."""
-
-    step: int
-    loss: float
-    balance_loss: float
-    z_loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    """Consumed so far."""
-    tokens_per_second: float
-    mfu: float | None
-    layers: list[LayerRecord] = field(default_factory=list)
-
-
-def peak_flops() -> float | None:
-    """Datasheet FLOP/s of this rank's device in bf16, or None where it is not known (CPUs)."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
-
-
-class RoutingMeter:
-    """Traffic and collaboration of all MoE layers over the micro-batches of one logged step."""
-
-    def __init__(self, layers: dict[int, MoELayer], device: torch.device) -> None:
-        self.layers, self.device = layers, device
-
-    def start(self) -> None:
-        """Count from here, from zero."""
-        for layer in self.layers.values():
-            layer.meter.enabled = True
-            layer.meter.drain(self.device)
-            layer.dispatcher.traffic.drain()
-
-    def finish(self, loads: Tensor, row_bytes: int) -> list[LayerRecord]:
-        """Stop counting and sum over ranks. Collective.
-
-        Args:
-            loads: [Lm, E] tokens per expert over the global batch.
-            row_bytes: bytes of one token row on the wire.
-        """
-        rows = []
-        for layer in self.layers.values():
-            layer.meter.enabled = False
-            traffic = layer.dispatcher.traffic.drain()
-            sent = [traffic.rows_sent[p] for p in PASSES] + [sum(traffic.bytes_sent.values())]
-            counted = torch.tensor(sent, dtype=torch.float64, device=self.device)
-            rows.append(torch.cat((layer.meter.drain(self.device), counted)))
-        table = torch.stack(rows)
-        dist.all_reduce(table)
-        ratios = (loads.amax(dim=1) / loads.double().mean(dim=1)).tolist()
-        return [
-            _layer_record(index, values, ratio, row_bytes)
-            for index, values, ratio in zip(self.layers, table.tolist(), ratios, strict=True)
-        ]
-
-
-def _layer_record(index: int, values: list[float], load_ratio: float, row_bytes: int) -> LayerRecord:
-    counts = CollaborationCounts(*values[: CollaborationMeter.FIELDS])
-    sent = [int(v) for v in values[CollaborationMeter.FIELDS :]]
-    copies = int(counts.remote_experts)
-    return LayerRecord(
-        layer=index,
-        c_t=counts.c_t,
-        intra_share=counts.intra_share,
-        load_max_over_mean=load_ratio,
-        rows_sent=dict(zip(PASSES, sent[:4], strict=True)),
-        bytes_sent=sent[4],
-        copies_rows=4 * copies,
-        # beside its row, a copy carries an expert id and a weight out, and the weight's gradient back
-        copies_bytes=copies * (4 * row_bytes + 12),
-    )
+from occult_train import runlog
+from occult_train.meter import StepRecord
 
 
 class Monitor:
@@ -118,12 +21,17 @@ class Monitor:
 
     Args:
         output: the run's folder.
-        summary: DeepSpeed's TensorBoard SummaryWriter on rank 0, else None.
+        boards: DeepSpeed's `engine.monitor`: its TensorBoard writer, and those of W&B, Comet and CSV if they are on.
+        rank: this process's.
         steps: of the whole run, for the progress bar.
+        resolved: the whole configuration as YAML.
     """
 
-    def __init__(self, output: Path, summary: Any, rank: int, steps: int, resolved: str) -> None:
-        self.main, self.path, self.summary = rank == 0, output / "log.jsonl", summary
+    def __init__(self, output: Path, boards: Any, rank: int, steps: int, resolved: str) -> None:
+        self.main, self.path = rank == 0, output / "log.jsonl"
+        self.summary = boards.tb_monitor.summary_writer if self.main else None
+        others = (boards.wandb_monitor, boards.comet_monitor, boards.csv_monitor) if self.main else ()
+        self._others = [board for board in others if board is not None]
         self.console = Console(stderr=True, quiet=not self.main)
         self._bar = Progress(
             TextColumn("training"),
@@ -136,16 +44,14 @@ class Monitor:
         )
         self._task = self._bar.add_task("training", total=steps, status="")
         if self.summary is not None:
+            threading.excepthook = _without_writer(threading.excepthook)
             self.summary.add_text("config", "```yaml\n" + resolved + "```")
 
     def start(self, step: int) -> None:
         """Begin or continue at `step`: later lines of the log, of a run that went further, are dropped."""
         if not self.main:
             return
-        kept = []
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        runlog.rewind(self.path, step)
         self._bar.start()
         self._bar.update(self._task, completed=step)
 
@@ -167,7 +73,7 @@ class Monitor:
         """Write down one logged step."""
         if not self.main:
             return
-        self._append({"kind": "step", "time": time.time(), **asdict(record)})
+        runlog.append(self.path, {"kind": "step", "time": time.time(), **asdict(record)})
         mfu = f", {record.mfu:.1%} MFU" if record.mfu is not None else ""
         status = f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s{mfu}"
         self._bar.update(self._task, completed=record.step, status=status)
@@ -179,7 +85,8 @@ class Monitor:
         """Write down a held-out loss."""
         if not self.main:
             return
-        self._append({"kind": "evaluation", "time": time.time(), "step": step, "loss": loss, "sequences": sequences})
+        record = {"kind": "evaluation", "time": time.time(), "step": step, "loss": loss, "sequences": sequences}
+        runlog.append(self.path, record)
         self.say(f"step {step}: held-out loss {loss:.4f} over {sequences} sequences")
         self._scalars(step, {"evaluation/loss": loss})
 
@@ -191,14 +98,22 @@ class Monitor:
             self.summary.add_histogram(f"moe/layer_{layer:02d}/tokens_per_expert", counts, step)
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
-        if self.summary is not None:
-            for tag, value in values.items():
-                self.summary.add_scalar(tag, value, step)
+        if self.summary is not None:  # one event for all values; one each would cost ten times as much
+            event = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+            self.summary.file_writer.add_summary(event, step)
             self.summary.flush()
+        for board in self._others:
+            board.write_events([(tag, value, step) for tag, value in values.items()])
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+
+def _without_writer(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A `threading.excepthook` that leaves out TensorBoard's writer: it raises again in whoever writes next."""
+
+    def hook_without_writer(arguments: Any) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            hook(arguments)
+
+    return hook_without_writer
 
 
 def _step_scalars(record: StepRecord) -> dict[str, float]:
@@ -215,6 +130,8 @@ def _step_scalars(record: StepRecord) -> dict[str, float]:
     for layer in record.layers:
         tag = f"moe/layer_{layer.layer:02d}"
         values |= {
+            f"{tag}/balance_loss": layer.balance_loss,
+            f"{tag}/z_loss": layer.z_loss,
             f"{tag}/c_t": layer.c_t,
             f"{tag}/intra_collaboration": layer.intra_share,
             f"{tag}/load_max_over_mean": layer.load_max_over_mean,

@@ -3,7 +3,6 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,15 +10,18 @@ from torch import Tensor
 
 from occult_train import config as configs
 from occult_train.checkpoint import state as checkpoint_state
-from occult_train.checkpoint.store import find_latest, open_checkpoint
+from occult_train.checkpoint.store import Checkpoint, find_latest, open_checkpoint, write_durably
 from occult_train.config import Config
 from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
 from occult_train.data.tokenizer import load_tokenizer
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
+from occult_train.errors import CheckpointError, writing
 from occult_train.faults import StopSignal, set_step
-from occult_train.monitor import Monitor, RoutingMeter, StepRecord, peak_flops
+from occult_train.meter import StepMeter, StepRecord, peak_flops
+from occult_train.monitor import Monitor
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
+from occult_train.stopvote import StopVote
 
 _ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -31,7 +33,8 @@ class TrainingDiverged(Exception):
 def run(config: Config) -> int:
     """Train to the end, or until asked to stop. torch.distributed must be initialised. Returns the exit code."""
     trainer = Trainer(config)
-    trainer.train()
+    with writing(f"output={config.output}"):
+        trainer.train()
     return 0
 
 
@@ -49,28 +52,28 @@ class Trainer:
         self.grid = Grid.create(config.parallel.expert)
         vocab = config.model.vocab_size
         self.train_data, self.valid_data = build_datasets(config.data, config.train.seed, vocab_size=vocab)
+        for index in range(self._held_out()):
+            self.valid_data[index]  # text that does not fit the vocabulary is refused now, not when it is evaluated
         torch.manual_seed(config.train.seed + self.grid.rank)
         self.engine = build_engine(config, self.grid, tensorboard=self.output / "tensorboard")
         self.model = self.engine.module
         self.accumulation = config.accumulation_steps(self.grid.world_size)
         self.step, self.consumed = 0, 0
         resolved = configs.to_yaml(config)
-        self.monitor = Monitor(self.output, self._summary(), self.grid.rank, config.train.steps, resolved)
-        self.routing = RoutingMeter(self.model.moe_layers(), self.device)
+        self.monitor = Monitor(self.output, self.engine.monitor, self.grid.rank, config.train.steps, resolved)
+        row_bytes = config.model.hidden_size * _ROW_BYTES[config.train.precision]
+        self.meter = StepMeter(self.model.moe_layers(), row_bytes, self.device)
         self._resume()
         if self.grid.rank == 0:
-            (self.output / "config.yaml").write_text(resolved)
-            self._keep_tokenizer()
+            with writing(f"output={config.output}"):
+                write_durably(self.output / "config.yaml", resolved)
+                self._keep_tokenizer()
 
     def _keep_tokenizer(self) -> None:
         """Copy the corpus's tokenizer beside the run, for generation and export."""
         tokenizer = open_corpora(self.config.data)[0][0].tokenizer
         if tokenizer is not None:
             load_tokenizer(tokenizer).save(self.output)
-
-    def _summary(self) -> Any:
-        board = self.engine.monitor.tb_monitor
-        return board.summary_writer if self.grid.rank == 0 and board.enabled else None
 
     # ---------------------------------------------------------------- resuming and saving
 
@@ -83,12 +86,18 @@ class Trainer:
         setting = self.config.checkpoint.resume
         if setting == "none":
             return
-        found = find_latest(self.checkpoints) if setting == "auto" else Path(setting)
-        if found is None:
+        own = find_latest(self.checkpoints)
+        if setting == "auto":
+            checkpoint = None if own is None else open_checkpoint(own)
+        else:
+            checkpoint = _given(setting)
+            if own is not None and not checkpoint.folder.resolve().is_relative_to(self.output.resolve()):
+                checkpoint = open_checkpoint(own)  # the run began with the given one and has gone on since
+        if checkpoint is None:
             return
-        checkpoint = open_checkpoint(found)
         checkpoint_state.load(self.engine, self.grid, checkpoint)
         self.step, self.consumed = checkpoint.step, int(checkpoint.state["consumed_samples"])
+        self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
         self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}")
 
     def save(self) -> Path:
@@ -105,7 +114,7 @@ class Trainer:
 
     def train(self) -> None:
         """Train until train.steps, saving and evaluating on the way; stop early, saved, when asked to."""
-        stop = _StopVote(StopSignal(), self.device)
+        stop = StopVote(StopSignal(), self.device)
         saved_at = self.step if self.step else -1
         self.monitor.start(self.step)
         try:
@@ -140,18 +149,17 @@ class Trainer:
 
     def _train_step(self, batches: Batches) -> None:
         """One optimizer step: all its micro-batches, clipping, AdamW, balancing, log."""
-        logged = _due(self.step + 1, self.config.monitor.interval) or self.step == 0
+        logged = _due(self.step + 1, self.config.monitor.interval) or self.step in (0, self.config.train.steps - 1)
         if logged:
-            self.routing.start()
+            self.meter.start()
         rate = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, rate)
         self.model.train()
-        sums = torch.zeros(3, device=self.device)
         for _ in range(self.accumulation):
             batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
             loss = self.engine(**batch)
-            parts = self.model.last_losses
-            sums += torch.stack((parts.cross_entropy, parts.balance, parts.z)).float()
+            if logged:
+                self.meter.add(self.model.last_losses)
             self.engine.backward(loss)
             norm = self._clip_at_stage_0()
             self.engine.step()
@@ -161,7 +169,7 @@ class Trainer:
         loads = self.model.finish_step()
         self.monitor.advance(self.step)
         if logged:
-            self._log(sums / self.accumulation, norm, rate, loads)
+            self._log(norm, rate, loads)
         if _due(self.step, self.config.monitor.histogram_interval):
             self.monitor.histograms(self.step, list(self.model.moe_layers()), loads)
 
@@ -170,12 +178,8 @@ class Trainer:
             return None
         return zero.clip_stage_0(self.engine, self.grid, self.config.train.gradient_clipping)
 
-    def _log(self, losses: Tensor, norm: float | None, rate: float, loads: Tensor) -> None:
-        losses = losses.clone()
-        dist.all_reduce(losses)
-        loss, balance, z = (losses / self.grid.world_size).tolist()
-        row_bytes = self.config.model.hidden_size * _ROW_BYTES[self.config.train.precision]
-        layers = self.routing.finish(loads, row_bytes)
+    def _log(self, norm: float | None, rate: float, loads: Tensor) -> None:
+        loss, layers = self.meter.finish(loads)
         now, (since, consumed) = time.perf_counter(), self._clock
         self._clock = (now, self.consumed)
         length = self.config.data.sequence_length
@@ -187,8 +191,8 @@ class Trainer:
             StepRecord(
                 step=self.step,
                 loss=loss,
-                balance_loss=balance,
-                z_loss=z,
+                balance_loss=sum(layer.balance_loss for layer in layers) / len(layers),
+                z_loss=sum(layer.z_loss for layer in layers) / len(layers),
                 grad_norm=grad_norm,
                 lr=rate,
                 tokens=self.consumed * length,
@@ -202,6 +206,10 @@ class Trainer:
 
     # ---------------------------------------------------------------- held-out loss
 
+    def _held_out(self) -> int:
+        """How many sequences are evaluated."""
+        return min(self.config.eval.sequences or len(self.valid_data), len(self.valid_data))
+
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean cross-entropy in nats over the first eval.sequences held-out sequences; None without any. Collective.
@@ -210,7 +218,7 @@ class Trainer:
         part in every exchange.
         """
         data, micro, world = self.valid_data, self.config.train.micro_batch_size, self.grid.world_size
-        total = min(self.config.eval.sequences or len(data), len(data))
+        total = self._held_out()
         if total == 0:
             self.monitor.say("no held-out text (data.valid_path is empty), so no held-out loss")
             return None
@@ -236,23 +244,12 @@ class Trainer:
         return loss
 
 
-class _StopVote:
-    """Whether any rank was asked to stop, known to all in the same step. The answer is one step late, so that nothing
-    waits for it."""
-
-    def __init__(self, signal: StopSignal, device: torch.device) -> None:
-        self.signal, self.device = signal, device
-        self._pending: tuple[Tensor, Any] | None = None
-
-    def agreed(self) -> bool:
-        """Collective: last step's vote; casts this step's."""
-        before = self._pending
-        vote = torch.tensor([int(self.signal.requested)], device=self.device)
-        self._pending = (vote, dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True))
-        if before is None:
-            return False
-        before[1].wait()
-        return bool(before[0].item())
+def _given(setting: str) -> Checkpoint:
+    """The checkpoint that checkpoint.resume names."""
+    try:
+        return open_checkpoint(Path(setting))
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.resume={setting} (auto, none, or a path): {error}") from None
 
 
 def _due(step: int, interval: int) -> bool:

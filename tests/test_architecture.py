@@ -117,7 +117,7 @@ def test_rooms_of_few_needs_import_nothing_else(here: str) -> None:
 
 
 def test_errors_is_a_leaf() -> None:
-    assert imports_of(ROOT / "occult_train" / "errors.py") == set()
+    assert imports_of(ROOT / "occult_train" / "errors.py") <= sys.stdlib_module_names | {"collections.abc"}
 
 
 def test_kernels_know_no_process_groups_and_no_modules() -> None:

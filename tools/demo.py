@@ -1,5 +1,6 @@
 """`occult demo`: prepare, train, export, generate and report on a small model, each step a command to copy."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-CONFIG = "configs/demo.yaml"
+from occult_train.errors import UserError
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 PROMPT = "def read_"
 
 
@@ -20,10 +23,12 @@ def command(
     ] = None,
 ) -> None:
     """Train the demo model on the Python standard library and show what came of it. Run again, it continues."""
+    if not CONFIG.is_file():
+        raise UserError(f"{CONFIG} does not exist; `occult demo` runs from a checkout of the repository")
     corpus, run = folder / "corpus", folder / "demo"
     settings = [f"output={run}", f"data.path={corpus}", *(overrides or [])]
     _occult("prepare", "--stdlib", "--output", str(corpus), "--vocab-size", "4096", "--valid-fraction", "0.03")
-    _occult("train", CONFIG, *settings)
+    _occult("train", os.path.relpath(CONFIG), *settings)
     _occult("export", str(run), "--output", str(run / "hf"), "--verify")
     text = _occult("generate", str(run), "--prompt", PROMPT, "--length", "120", capture=True)
     (run / "sample.txt").write_text(text)

@@ -1,7 +1,6 @@
 """`occult export`: a checkpoint as a Hugging Face model."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,16 +8,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from occult_train.checkpoint.store import Checkpoint, write_durably
 from occult_train.config import Config
-from occult_train.data.tokenizer import load_tokenizer
-from occult_train.errors import ConfigError, UserError
-from occult_train.inference import checkpoint_config, load_model, open_run, tokenizer_file
+from occult_train.data.tokenizer import CONFIG, SentencePieceTokenizer, Tokenizer
+from occult_train.errors import ConfigError, UserError, writing
+from occult_train.inference import checkpoint_config, load_model, open_run, run_tokenizer
 from occult_train.models.huggingface import Family, family_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MARK = "occult_export.json"
+"""Which run and dtype; a folder with it may be written again."""
 LOGITS_TOLERANCE = 1e-4
 """‖ours − theirs‖/‖theirs‖ of fp32 logits; measured 1e-6 on the demo model."""
 
@@ -33,7 +35,7 @@ def command(
 ) -> None:
     """Write CHECKPOINT in Hugging Face format, experts under their own ids."""
     opened = open_run(checkpoint)
-    export(opened, output, dtype, int(shard_size * 1e9), tokenizer_file(opened, tokenizer))
+    export(opened, output, dtype, int(shard_size * 1e9), run_tokenizer(opened, tokenizer))
     print(f"exported {opened.folder} to {output}")
     if verify:
         error = compare_logits(opened, output)
@@ -42,7 +44,7 @@ def command(
             raise UserError(f"{output} is not the model of {opened.folder}: logits differ by {error:.1e}")
 
 
-def export(checkpoint: Checkpoint, output: Path, dtype: str, shard_bytes: int, tokenizer: Path) -> None:
+def export(checkpoint: Checkpoint, output: Path, dtype: str, shard_bytes: int, tokenizer: Tokenizer) -> None:
     """Write the model, its config and its tokenizer.
 
     Raises:
@@ -57,19 +59,19 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str, shard_bytes: int, t
     if any(b != 0 for bias in checkpoint.state.get("expert_bias", {}).values() for b in bias):
         raise ConfigError(f"{family.architecture} cannot hold the balancing bias of moe.balance={config.moe.balance}")
     _check_output(output)
-    try:
+    with writing(f"--output={output}"):
         output.mkdir(parents=True, exist_ok=True)
+        # first, so that an export that was cut short can be made again
+        write_durably(output / MARK, json.dumps({"run": config.output, "dtype": name}, indent=1))
         _write_weights(checkpoint, family, output, DTYPES[name], shard_bytes)
-        _write_configs(family, config, output, name, load_tokenizer(tokenizer).eod_id)
-        shutil.copy(tokenizer, output / tokenizer.name)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror or error}") from None
+        _write_configs(family, config, output, name, tokenizer.eod_id)
+        _write_tokenizer(tokenizer, output)
 
 
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file")
-    if output.exists() and any(output.iterdir()) and not (output / "occult_export.json").exists():
+    if output.exists() and any(output.iterdir()) and not (output / MARK).exists():
         raise UserError(f"--output={output} is not empty and was not made by `occult export`")
 
 
@@ -97,11 +99,21 @@ def _write_weights(checkpoint: Checkpoint, family: Family, output: Path, dtype: 
     total = 0
     for file, names in zip(track(files, "exporting", disable=len(files) < 4), shards, strict=True):
         tensors = {family.to_hub(name): checkpoint.read(name).to(dtype) for name in names}
-        save_file(tensors, output / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, output / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # it has a class of its own for a full disk
+            raise OSError(f"{file}: {error}") from None
         where |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_durably(output / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def _write_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    tokenizer.save(output)
+    config = tokenizer.transformers_config() if isinstance(tokenizer, SentencePieceTokenizer) else None
+    if config is not None:
+        write_durably(output / CONFIG, json.dumps(config, indent=1))
 
 
 def _write_configs(family: Family, config: Config, output: Path, dtype: str, eos: int) -> None:
@@ -110,7 +122,6 @@ def _write_configs(family: Family, config: Config, output: Path, dtype: str, eos
     hub |= {"dtype": names[dtype], "eos_token_id": eos, "bos_token_id": None, "pad_token_id": None, "use_cache": True}
     write_durably(output / "config.json", json.dumps(hub, indent=1))
     write_durably(output / "generation_config.json", json.dumps({"eos_token_id": eos}, indent=1))
-    write_durably(output / "occult_export.json", json.dumps({"run": config.output, "dtype": dtype}, indent=1))
 
 
 @torch.no_grad()
@@ -118,7 +129,7 @@ def compare_logits(checkpoint: Checkpoint, folder: Path) -> float:
     """‖ours − theirs‖/‖theirs‖ of fp32 logits on random tokens, ours rounded to the export's dtype first."""
     from transformers import AutoModelForCausalLM
 
-    stored = DTYPES[json.loads((folder / "occult_export.json").read_text())["dtype"]]
+    stored = DTYPES[json.loads((folder / MARK).read_text())["dtype"]]
     ours = load_model(checkpoint)
     for parameter in ours.parameters():
         parameter.copy_(parameter.to(stored).to(torch.float32))

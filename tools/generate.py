@@ -5,8 +5,7 @@ from typing import Annotated
 import torch
 import typer
 
-from occult_train.data.tokenizer import load_tokenizer
-from occult_train.inference import checkpoint_config, generate, load_model, open_run, tokenizer_file
+from occult_train.inference import checkpoint_config, generate, load_model, open_run, run_tokenizer
 
 
 def command(
@@ -19,11 +18,11 @@ def command(
 ) -> None:
     """Print PROMPT and what the model makes of it."""
     opened = open_run(checkpoint)
-    words = load_tokenizer(tokenizer_file(opened, tokenizer))
+    words = run_tokenizer(opened, tokenizer)
     bf16 = torch.cuda.is_available() and checkpoint_config(opened).train.precision == "bf16"
     model = load_model(
         opened, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if bf16 else torch.float32
     )
     start = words.encode(prompt) or [words.eod_id]
-    made = generate(model, start, length, temperature, seed, words.eod_id)
+    made = generate(model, start, length, temperature, seed, words.eod_id, words.vocab_size)
     print(prompt + words.decode(made))

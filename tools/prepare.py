@@ -117,7 +117,9 @@ def prepare(
         with locked(output):
             return _make(output, options, found, fingerprint, workers or usable_cores(), part_bytes, console)
     except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
+        if isinstance(error.filename, str) and not Path(error.filename).resolve().is_relative_to(output.resolve()):
+            raise DataError(f"{error.filename}: {error.strerror or error}") from None
+        raise DataError(f"--output={output} cannot be written: {error.strerror or error}") from None
 
 
 def usable_cores() -> int:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from occult_train import config as configs
+from occult_train import runlog
 from occult_train.checkpoint.store import find_latest
 from occult_train.errors import UserError
 
@@ -30,7 +31,7 @@ def summary(run: Path) -> list[tuple[str, str]]:
         UserError: not a run's folder, or nothing was logged yet.
     """
     try:
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        lines = runlog.read(run / "log.jsonl")
         config = configs.load([str(run / "config.yaml")])
     except OSError as error:
         raise UserError(f"{run} is not the folder of a run: {error.filename} cannot be read") from None

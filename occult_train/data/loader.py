@@ -71,7 +71,7 @@ def open_corpora(data: DataConfig) -> tuple[list[Corpus], list[float]]:
         return [open_corpus(data.path, tokenizer=data.tokenizer)], [1.0]
     paths = sorted(data.blend)
     corpora = [open_corpus(path, setting="data.blend", tokenizer=data.tokenizer) for path in paths]
-    _check_same_tokenizer(corpora)
+    _check_same_tokenizer([("data.blend", corpus) for corpus in corpora])
     return corpora, [data.blend[path] for path in paths]
 
 
@@ -117,7 +117,7 @@ def build_datasets(data: DataConfig, seed: int, *, vocab_size: int = 0) -> tuple
         GPTDataset(c.train, data.sequence_length, seed, mask_documents=data.mask_documents, vocab_size=limit)
         for c in corpora
     ]
-    readers = _held_out_readers(data, corpora)
+    readers = _held_out_readers(data, corpora, limit)
     try:
         valid = HeldOut(readers, data.sequence_length, mask_documents=data.mask_documents, vocab_size=limit)
     except DataError as error:
@@ -125,17 +125,19 @@ def build_datasets(data: DataConfig, seed: int, *, vocab_size: int = 0) -> tuple
     return (BlendedDataset(train, weights) if data.blend else train[0]), valid
 
 
-def _held_out_readers(data: DataConfig, corpora: list[Corpus]) -> list[IndexedReader]:
+def _held_out_readers(data: DataConfig, corpora: list[Corpus], limit: int) -> list[IndexedReader]:
     if not data.valid_path:
         return [corpus.valid for corpus in corpora if corpus.valid is not None]
     corpus = open_corpus(data.valid_path, setting="data.valid_path", tokenizer=data.tokenizer)
-    _check_same_tokenizer([*corpora, corpus])
+    setting = "data.blend" if data.blend else "data.path"
+    _check_same_tokenizer([*((setting, c) for c in corpora), ("data.valid_path", corpus)])
+    check_vocab(corpus, limit or 2**63)
     return [corpus.train if corpus.valid is None else corpus.valid]
 
 
-def _check_same_tokenizer(corpora: list[Corpus]) -> None:
-    """Prepared folders know their tokenizer; a bare pair fits any."""
-    known = [corpus for corpus in corpora if corpus.metadata]
-    for corpus in known[1:]:
-        if corpus.metadata["tokenizer_sha256"] != known[0].metadata["tokenizer_sha256"]:
-            raise DataError(f"{known[0].path} and {corpus.path} were made with different tokenizers")
+def _check_same_tokenizer(corpora: list[tuple[str, Corpus]]) -> None:
+    """Prepared folders, each with the setting that names it, know their tokenizer; a bare pair fits any."""
+    known = [(f"{setting}={c.path}", c.metadata["tokenizer_sha256"]) for setting, c in corpora if c.metadata]
+    for name, tokenizer in known[1:]:
+        if tokenizer != known[0][1]:
+            raise DataError(f"{known[0][0]} and {name} were made with different tokenizers")

@@ -82,6 +82,8 @@ def find_files(sources: Iterable[str], *, stdlib: bool = False, without: Path | 
                 found.binary += 1
                 continue
             files[resolved] = _stat(resolved)
+        if not any(os.path.realpath(name) in files for name in names):
+            raise DataError(f"source folder {source} holds no text: its {len(names)} files are binary")
     for name in stdlib_files() if stdlib else ():
         files[os.path.realpath(name)] = _stat(os.path.realpath(name))
     found.files = sorted(files.values())

@@ -15,6 +15,7 @@ SPACE_MARK = "\u2581"
 """What sentencepiece writes for a space, and so cannot tell from one."""
 SEGMENT = 1 << 16
 """Characters given to sentencepiece at a time: its memory grows with the text, at some hundred bytes a character."""
+CONFIG = "tokenizer_config.json"
 USUAL_EODS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
@@ -47,6 +48,9 @@ class SentencePieceTokenizer:
     and NUL as one byte, for both of which byte fallback has pieces. Models that normalise text, or add a space before
     it, do so here too.
 
+    The end of a document is `eod` if given, else the eos_token of a tokenizer_config.json beside the model if that is
+    one of its pieces, else the model's own end-of-sequence piece.
+
     Raises:
         DataError: the bytes are no model, or it has no end-of-sequence piece and `eod` names none.
     """
@@ -58,7 +62,8 @@ class SentencePieceTokenizer:
             raise DataError(f"{path} is not a sentencepiece model") from None
         self._bytes = model
         self.vocab_size: int = self._model.vocab_size()
-        self.eod_id: int = self._model.eos_id() if eod is None else self._find(eod, path)
+        self._eod = eod or self._usual_eod(Path(path))
+        self.eod_id: int = self._model.eos_id() if self._eod is None else self._find(self._eod, path)
         if self.eod_id < 0:
             raise DataError(f"{path} has no end-of-sequence piece; name the piece that ends documents (--eod)")
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -85,16 +90,44 @@ class SentencePieceTokenizer:
         return hashlib.sha256(self._bytes).hexdigest()
 
     def save(self, folder: Path) -> Path:
-        """Write `tokenizer.model`."""
+        """Write `tokenizer.model`, and `tokenizer_config.json` where the end of a document is not the model's own."""
+        if self._eod is not None and self.eod_id != self._model.eos_id():
+            _replace(folder / CONFIG, json.dumps({"eos_token": self._eod}, ensure_ascii=False).encode())
         path = folder / "tokenizer.model"
         _replace(path, self._bytes)
         return path
 
+    def transformers_config(self) -> dict[str, Any] | None:
+        """The tokenizer_config.json with which transformers gives the same ids, but for U+2581, which it takes for a
+        space, and names of special tokens, which it reads as those. None for a model that normalises.
+
+        Without one it guesses another class, which drops spaces and line ends.
+        """
+        if self._mark is None:
+            return None
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "unk_token": self._model.id_to_piece(self._model.unk_id()),
+            "bos_token": None,
+            "eos_token": self._model.id_to_piece(self.eod_id),
+        }
+
+    def _usual_eod(self, path: Path) -> str | None:
+        named = _eos_token(_read_config(path.with_name(CONFIG)))
+        return named if named and self._has(named) else None
+
+    def _has(self, piece: str) -> bool:
+        return self._model.id_to_piece(self._model.piece_to_id(piece)) == piece
+
     def _find(self, piece: str, path: str | Path) -> int:
-        found = self._model.piece_to_id(piece)
-        if self._model.id_to_piece(found) != piece:
+        if not self._has(piece):
             raise DataError(f"{path} has no piece {piece!r}")
-        return found
+        return self._model.piece_to_id(piece)
 
 
 class HuggingFaceTokenizer:
@@ -117,7 +150,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._config_path = path.with_name("tokenizer_config.json")
+        self._config_path = path.with_name(CONFIG)
         self._config = _read_config(self._config_path)
         self._eod = eod or self._usual_eod(path)
         found = self._tokenizer.token_to_id(self._eod)
@@ -141,16 +174,14 @@ class HuggingFaceTokenizer:
         """Write `tokenizer.json`, and `tokenizer_config.json` with the end-of-document token as eos_token."""
         config = {**self._config, "eos_token": self._eod}
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-        _replace(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
+        _replace(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
         path = folder / "tokenizer.json"
         _replace(path, self._bytes)
         return path
 
     def _usual_eod(self, path: Path) -> str:
-        named = self._config.get("eos_token")
-        if isinstance(named, dict):
-            named = named.get("content")
-        if isinstance(named, str) and named:
+        named = _eos_token(self._config)
+        if named:
             return named
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         for token in USUAL_EODS:
@@ -216,6 +247,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     return config if isinstance(config, dict) else {}
+
+
+def _eos_token(config: dict[str, Any]) -> str | None:
+    """The eos_token of a tokenizer_config.json, which is a text or an object that holds it."""
+    named = config.get("eos_token")
+    if isinstance(named, dict):
+        named = named.get("content")
+    return named if isinstance(named, str) else None
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -27,7 +27,7 @@ class Balancer:
 
     The load-balancing loss of a layer is E * sum_e f_e * P_e (Switch Transformer, arXiv 2101.03961, eq. 4), with f_e
     the share of all assignments that went to expert e and P_e the mean probability of e; 1 when balanced. The model's
-    loss is the mean over layers.
+    loss takes the mean over layers.
 
     scope `micro_batch`: f_e of this rank's micro-batch. scope `global_batch`: f_e over all ranks and over the
     accumulation steps of this optimizer step so far (arXiv 2501.11873, with its buffer over accumulation); P_e, which
@@ -40,7 +40,8 @@ class Balancer:
         self._synced = False
 
     def losses(self, layers: list[LayerRouting]) -> tuple[Tensor, Tensor]:
-        """Load-balancing loss and z-loss of one micro-batch, and remember its counts. Call once per training forward.
+        """Load-balancing loss [Lm] and z-loss [Lm] of one micro-batch, and remember its counts. Call once per training
+        forward.
 
         Collective over all ranks if the scope is global_batch and the loss is used (balance is aux_loss); where it is
         only logged, its loads are those of this rank.
@@ -50,8 +51,7 @@ class Balancer:
         shared = self._add(counts)
         used = (shared if self.scope == "global_batch" else counts).to(probs.dtype)
         share = used / used.sum(dim=1, keepdim=True).clamp(min=1)
-        aux = counts.shape[1] * (share * probs).sum(dim=1).mean()
-        return aux, torch.stack([layer.z for layer in layers]).mean()
+        return counts.shape[1] * (share * probs).sum(dim=1), torch.stack([layer.z for layer in layers])
 
     def _add(self, counts: Tensor) -> Tensor:
         """Add counts [Lm, E] of a micro-batch to those of the step, over all ranks if each forward needs that."""

@@ -178,6 +178,10 @@ def test_bad_datasets_are_named(
     short = str(numbered([10], "short"))
     with pytest.raises(DataError, match=r"held-out text: .*short\.bin has 10 tokens, .*--valid-fraction\), or set"):
         build_datasets(DataConfig(path=pair, valid_path=short, sequence_length=20), 1)
+    with pytest.raises(
+        DataError, match=r"model\.vocab_size=280 is smaller than the 290 ids of the tokenizer of .*/corpus"
+    ):
+        build_datasets(DataConfig(path=pair, valid_path=folder, sequence_length=4), 1, vocab_size=280)
     train, _ = build_datasets(DataConfig(path=pair, sequence_length=20), 1, vocab_size=50)
     with pytest.raises(DataError, match=r"numbered\.bin holds the token id \d+, beyond model\.vocab_size=50"):
         [train[i] for i in range(14)]
@@ -188,7 +192,7 @@ def test_bad_datasets_are_named(
     (tmp_path / "another").mkdir()
     model = other_tokenizer.save(tmp_path / "another")
     prepare([str(tmp_path / "corpus.jsonl")], tmp_path / "made", tokenizer=str(model), workers=1)
-    with pytest.raises(DataError, match=r"/corpus and .*/made were made with different tokenizers"):
+    with pytest.raises(DataError, match=r"data\.blend=.*/corpus and data\.blend=.*/made were made with diff"):
         open_corpora(DataConfig(blend={folder: 1.0, str(tmp_path / "made"): 1.0}))
-    with pytest.raises(DataError, match="were made with different tokenizers"):
+    with pytest.raises(DataError, match=r"data\.path=.*/corpus and data\.valid_path=.*/made were made with diff"):
         build_datasets(DataConfig(path=folder, valid_path=str(tmp_path / "made"), sequence_length=4), 1)

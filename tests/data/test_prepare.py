@@ -310,13 +310,13 @@ def test_a_full_disk_is_one_line(source: Path, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(IndexedWriter, "add_many", full)
-    with pytest.raises(DataError, match=r"/corpus: No space left on device$"):
+    with pytest.raises(DataError, match=r"^--output=.*/corpus cannot be written: No space left on device$"):
         make(source, tmp_path / "corpus")
 
 
 def test_an_unwritable_output_is_one_line(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"/file/corpus: Not a directory$"):
+    with pytest.raises(DataError, match=r"^--output=.*/file/corpus cannot be written: Not a directory$"):
         make(source, tmp_path / "file/corpus")
 
 

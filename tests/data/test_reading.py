@@ -52,6 +52,9 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"PK\0\0")
     with pytest.raises(DataError, match=r"model\.pt is not a text file"):
         find_files([str(tmp_path / "model.pt")])
+    (tmp_path / "named.txt").write_bytes(b"PK\0\0")
+    with pytest.raises(DataError, match=r"source folder .* holds no text: its 1 files are binary"):
+        find_files([str(tmp_path)])
 
 
 def test_the_standard_library_is_enough_text_and_not_its_tests(tmp_path: Path) -> None:

@@ -152,7 +152,20 @@ def test_a_model_without_an_end_of_sequence_needs_one_named(tmp_path: Path) -> N
     )  # fmt: skip
     with pytest.raises(DataError, match="no end-of-sequence piece"):
         load_tokenizer(tmp_path / "endless.model")
-    assert load_tokenizer(tmp_path / "endless.model", eod="<end>").eod_id > 1
+    named = load_tokenizer(tmp_path / "endless.model", eod="<end>")
+    assert named.eod_id > 1
+    (tmp_path / "to").mkdir()
+    assert load_tokenizer(named.save(tmp_path / "to")).eod_id == named.eod_id, "saved, it need not be named again"
+
+
+def test_a_piece_of_the_model_that_is_named_beside_it_ends_documents(
+    trained: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    path = trained.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+    for eos, expected in (({"content": "<s>"}, 1), ("<|im_end|>", 2), (None, 2)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        assert load_tokenizer(path).eod_id == expected
 
 
 # ---------------------------------------------------------------- Hugging Face

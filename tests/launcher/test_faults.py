@@ -91,15 +91,27 @@ def test_a_forked_child_keeps_its_signals_to_itself() -> None:
 
 def test_a_mistake_before_the_ranks_meet_is_said_by_one_rank_of_a_host(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "occult_train.train", "--local_rank=1", "nowhere.yaml"]
-    first, second = (
-        subprocess.Popen(words, env={**os.environ, "LOCAL_RANK": r, "RANK": r}, stderr=subprocess.PIPE, text=True)
-        for r in ("0", "1")
+    said = []
+    for local in ("LOCAL_RANK", "MPI_LOCALRANKID"):
+        ranks = [
+            subprocess.Popen(words, env={**os.environ, local: str(r)}, stderr=subprocess.PIPE, text=True)
+            for r in (0, 1)
+        ]
+        said += [rank.communicate(timeout=20)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [2, 2]
+    assert said == 2 * ["error: config file nowhere.yaml does not exist\n", ""]
+
+
+def test_a_mistake_that_the_first_rank_of_a_host_does_not_see_is_said(tmp_path: Path) -> None:
+    """The first rank lives on, so another must speak."""
+    first = subprocess.Popen(["sleep", "60"], env={**os.environ, "LOCAL_RANK": "0"})
+    words = [sys.executable, "-m", "occult_train.train", "nowhere.yaml"]
+    second = subprocess.run(
+        words, env={**os.environ, "LOCAL_RANK": "1"}, capture_output=True, text=True, timeout=20, check=False
     )
-    assert first.communicate(timeout=20)[1] == "error: config file nowhere.yaml does not exist\n"
-    assert first.returncode == 2
-    assert second.poll() is None
-    second.kill()
-    assert second.communicate()[1] == ""
+    first.kill()
+    first.wait()
+    assert (second.returncode, second.stderr) == (2, "error: config file nowhere.yaml does not exist\n")
 
 
 def test_a_port_in_use_is_a_users_matter(tmp_path: Path) -> None:
@@ -187,3 +199,18 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
 )
 def test_a_job_without_a_report(tmp_path: Path, code: int, words: str) -> None:
     assert explain(code, JobFiles(tmp_path, "none")) == words
+
+
+def test_a_report_finds_room_on_a_disk_that_fills_up_later(tmp_path: Path) -> None:
+    """The room is there while the launch runs, gives way to the report, and is gone when a rank ends well."""
+    files = JobFiles(tmp_path / "run", "launch")
+    files.create()
+    (room,) = (tmp_path / "run" / ".launch" / "launch").iterdir()
+    assert room.stat().st_blocks * 512 >= len(_failure().to_text())
+    assert files.claim(_failure()) is None
+    assert not room.exists()
+    assert files.failure() == _failure()
+    again = JobFiles(tmp_path / "run", "again")
+    again.create()
+    again.leave(RankProcess.of_this_process(0), well=True)
+    assert not (tmp_path / "run" / ".launch" / "again").exists()

@@ -1,12 +1,13 @@
 """From options to the `deepspeed` command."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from occult_train.config import Config
 from occult_train.errors import UserError
-from occult_train.launcher import hostfile, plan
+from occult_train.launcher import hostfile, passed, plan
 from occult_train.launcher.plan import Options
 
 
@@ -110,6 +111,10 @@ def test_hosts_are_reached_before_anything_starts(tmp_path: Path) -> None:
         ({"launcher": "openmpi"}, r"--launcher=openmpi needs ompi_info, which is not on PATH"),
         ({"launcher": "pssh"}, r"--launcher=pssh is not one of pdsh, openmpi"),
         ({"deepspeed_args": "--num_gpus=3"}, r"--deepspeed-args: --num_gpus is an option of"),
+        ({"deepspeed_args": "--quiet --nonsense"}, r"--deepspeed-args: unrecognized arguments: --nonsense"),
+        ({"deepspeed_args": "train.py"}, r"--deepspeed-args: unrecognized arguments: train.py"),
+        ({"deepspeed_args": "--ssh_port"}, r"--deepspeed-args: argument --ssh_port: expected one argument"),
+        ({"deepspeed_args": "--bind_cores_to_rank"}, r"--bind_cores_to_rank needs numactl, which is not on PATH"),
         ({"deepspeed_args": "-H other"}, r"--deepspeed-args: -H is an option of"),
         ({"deepspeed_args": "'open"}, r"--deepspeed-args='open: No closing quotation"),
     ],
@@ -126,5 +131,15 @@ def test_nodes_without_a_hostfile(options: dict) -> None:
 
 
 def test_further_flags_of_deepspeed_come_last() -> None:
-    made = plan.make(_config(), Options(deepspeed_args="--bind_cores_to_rank --bind_core_list 0,1"))
-    assert made.flags[-3:] == ["--bind_cores_to_rank", "--bind_core_list", "0,1"]
+    made = plan.make(_config(), Options(deepspeed_args="--enable_each_rank_log 'my logs' --save_pid"))
+    assert made.flags[-3:] == ["--enable_each_rank_log", "my logs", "--save_pid"]
+
+
+def test_all_flags_of_deepspeed_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    from deepspeed.launcher.runner import parse_args
+
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    theirs = set(re.findall(r"(?<![\w-])--?[a-z]\w*", capsys.readouterr().out.split("options:")[0]))
+    assert "--save_pid" in theirs
+    assert theirs - {"-h"} <= {*passed.SWITCHES, *passed.WITH_VALUE, *passed.OWN, *passed.UNUSABLE}

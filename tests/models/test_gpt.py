@@ -292,9 +292,11 @@ def test_training_loss_adds_its_weighted_parts(balance: str) -> None:
     loss = model(ids, labels=ids)
     parts = model.last_losses
     assert parts is not None
-    assert float(parts.balance) > 1.0
-    assert float(parts.z) > 0.0
-    expected = parts.cross_entropy + 0.25 * parts.z + (0.5 * parts.balance if balance == "aux_loss" else 0)
+    balance_loss, z_loss = parts.balance_Lm.mean(), parts.z_Lm.mean()
+    assert len(parts.balance_Lm) == len(parts.z_Lm) == len(SMALL.moe_layers)
+    assert float(balance_loss) > 1.0
+    assert float(z_loss) > 0.0
+    expected = parts.cross_entropy + 0.25 * z_loss + (0.5 * balance_loss if balance == "aux_loss" else 0)
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(model.eval()(ids, labels=ids), parts.cross_entropy, rtol=1e-12, atol=0)
 

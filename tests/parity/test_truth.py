@@ -336,7 +336,7 @@ class Run:
             loss = self.engine(input_ids=input_ids, labels=labels)
             parts = self.model.last_losses
             assert parts is not None
-            sums += torch.stack((parts.cross_entropy, parts.balance, parts.z)).double()
+            sums += torch.stack((parts.cross_entropy, parts.balance_Lm.mean(), parts.z_Lm.mean())).double()
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
                 self._compare("grad", where, lambda p: zero.full_grad(self.engine, p), record.grads[step])

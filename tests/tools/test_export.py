@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from occult_train.checkpoint import state, store
 from occult_train.checkpoint.store import Checkpoint
 from occult_train.config import load, to_yaml
 from occult_train.data.sentencepiece_training import train_sentencepiece
-from occult_train.data.tokenizer import load_tokenizer
+from occult_train.data.tokenizer import Tokenizer, load_tokenizer
 from occult_train.engine import build_engine
 from occult_train.errors import ConfigError, UserError
 from occult_train.moe.placement import Placement, to_json
 from occult_train.parallel.grid import Grid
 from occult_train.testing import run_distributed
+from occult_train.tools import export as export_module
 from occult_train.tools.export import compare_logits, export
 
 SHAPE = [
@@ -53,10 +55,8 @@ def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    texts = ["the cat sat on the mat and saw seven dogs run home\n" * 3]
-    return train_sentencepiece(texts, 290).save(folder)
+def tokenizer() -> Tokenizer:
+    return train_sentencepiece(["the cat sat on the mat and saw seven dogs run home\n" * 3], 290)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [["zero.stage=1"], ["zero.stage=3", "model.tie_word_embeddings=true", "model.norm_topk_prob=true"]],
     ids=["stage 1", "stage 3, tied, normalised"],
 )
-def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Path, overrides: list[str]) -> None:
+def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Tokenizer, overrides: list[str]) -> None:
     rng, placements = random.Random(1), {}
     for layer in range(3):
         slots = list(range(8))
@@ -83,10 +83,15 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Path, 
     name = "model.layers.1.mlp.experts.5.gate_proj.weight"
     shard = load_file(tmp_path / "hf" / index["weight_map"][name])
     assert torch.equal(shard[name], opened.read("layers.1.moe.experts.w1.5"))
-    assert load_tokenizer(tmp_path / "hf").fingerprint() == load_tokenizer(tokenizer).fingerprint()
+    ours, theirs = load_tokenizer(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (ours.fingerprint(), ours.eod_id) == (tokenizer.fingerprint(), tokenizer.eod_id)
+    assert theirs.eos_token_id == tokenizer.eod_id
+    for text in ("the cat sat", " a", "def  read(x):\n\treturn x1234\n\n", "é 日本 ok", Path(__file__).read_text()):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
 
 
-def test_a_wrong_export_is_noticed(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_wrong_export_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     opened = checkpoint(tmp_path)
     export(opened, tmp_path / "hf", "bf16", 10**9, tokenizer)
     assert compare_logits(opened, tmp_path / "hf") < 1e-5
@@ -100,7 +105,7 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, tokenizer: Path) -> None:
     assert compare_logits(opened, tmp_path / "hf") > 1e-3
 
 
-def test_what_no_family_holds_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+def test_what_no_family_holds_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cases = {
         "bias": (["moe.balance=bias"], "balancing bias"),
         "shared": (["model.shared_expert_intermediate_size=8"], "shared expert"),
@@ -113,7 +118,7 @@ def test_what_no_family_holds_is_refused(tmp_path: Path, tokenizer: Path) -> Non
         assert not (tmp_path / name / "hf").exists()
 
 
-def test_other_folders_are_left_alone(tmp_path: Path, tokenizer: Path) -> None:
+def test_other_folders_are_left_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     opened = checkpoint(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -125,3 +130,18 @@ def test_other_folders_are_left_alone(tmp_path: Path, tokenizer: Path) -> None:
         export(opened, tmp_path / "hf", "fp8", 10**9, tokenizer)
     export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
     export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)  # its own work it replaces
+
+
+def test_an_export_that_a_full_disk_cut_short_can_be_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    opened = checkpoint(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "save_file", full)
+        with pytest.raises(UserError, match=r"--output=.*/hf cannot be written: .* No space left on device"):
+            export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
+    export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
+    assert compare_logits(opened, tmp_path / "hf") < 1e-5

@@ -1,6 +1,5 @@
 """The trainer on a real corpus: a resumed run is the run that was never stopped, and held-out loss is what it says."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,58 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import records, train
 from torch.nn import functional as F
 
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
-from occult_train.config import load
 from occult_train.inference import load_model
 from occult_train.testing import run_distributed
-from occult_train.tools.prepare import prepare
-
-SMALL = [
-    "model.hidden_size=32",
-    "model.intermediate_size=16",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=4",
-    "model.num_experts=8",
-    "model.num_experts_per_tok=3",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=2",
-    "train.precision=fp32",
-    "deepspeed.zero_optimization.stage3_param_persistence_threshold=40",  # else a model this small stays whole
-    "data.sequence_length=32",
-    "model.max_position_embeddings=64",
-    "scheduler.warmup_steps=3",
-    "eval.interval=0",
-    "eval.sequences=7",
-    "checkpoint.interval=0",
-    "monitor.interval=1",
-    "parallel.expert=2",
-]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A corpus of generated sentences."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "seven", "dogs", "run", "home"]
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + f"\nfile {i}\n")
-    prepare([str(folder)], folder / "corpus", vocab_size=300, tokenizer=None, workers=1, valid_fraction=0.2)
-    return str(folder / "corpus")
-
-
-def train(_rank: int, arguments: list[str]) -> int:
-    from occult_train.trainer import run
-
-    return run(load(SMALL + arguments))
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
 
 
 def assert_same(left: Checkpoint, right: Checkpoint) -> None:
@@ -159,18 +112,46 @@ def test_monitor_counts_what_routing_predicts(tmp_path: Path, corpus: str) -> No
             assert 1 <= a["c_t"] <= 2
 
 
-def test_tensorboard_holds_the_promised_scalars(tmp_path: Path, corpus: str) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def fill_disk(rank: int, arguments: list[str]) -> str:
+    """Train on a disk that takes no second log line; the message of the error on rank 0."""
+    import errno
 
-    arguments = [f"data.path={corpus}", "train.steps=2", f"output={tmp_path}/run", "monitor.histogram_interval=1"]
-    run_distributed(train, 2, arguments, timeout=240)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()
-    layer = "moe/layer_00"
-    for tag in ("train/loss", "train/grad_norm", "evaluation/loss", f"{layer}/c_t", f"{layer}/rows_sent/dispatch"):
-        assert tag in tags["scalars"], tag
-    assert f"{layer}/tokens_per_expert" in tags["histograms"]
-    assert any("config" in tag for tag in tags["tensors"])
-    logged = [r["loss"] for r in records(tmp_path / "run") if r["kind"] == "step"]
-    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(logged)
+    from occult_train import runlog
+    from occult_train.errors import UserError
+
+    append, taken = runlog.append, []
+
+    def append_once(path: Path, record: dict[str, Any]) -> None:
+        if taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        taken.append(1)
+        append(path, record)
+
+    runlog.append = append_once
+    with pytest.raises(UserError) as raised:
+        train(rank, arguments)
+    return str(raised.value)
+
+
+def test_a_disk_that_is_full_of_logs_is_a_users_matter(tmp_path: Path, corpus: str) -> None:
+    arguments = ["parallel.expert=1", f"data.path={corpus}", f"output={tmp_path}/run", "train.steps=3"]
+    (message,) = run_distributed(fill_disk, 1, arguments, timeout=240)
+    assert message == f"output={tmp_path}/run cannot be written: No space left on device"
+
+
+def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(tmp_path: Path, corpus: str) -> None:
+    """The same command continues; a folder's own older checkpoint can be gone back to. Names may hold a "="."""
+    base, run = tmp_path / "lr=1e-3", tmp_path / "run"
+    common = ["parallel.expert=1", f"data.path={corpus}", "checkpoint.keep=0"]
+    run_distributed(train, 1, [*common, f"output={base}", "train.steps=2"], timeout=240)
+    mine = [*common, f"output={run}", f"checkpoint.resume={base}"]
+    run_distributed(train, 1, [*mine, "train.steps=3"], timeout=240)
+    assert [record["step"] for record in records(run)] == [3, 3]
+    (run / "checkpoints" / "step-00000003" / "mark").touch()
+    run_distributed(train, 1, [*mine, "train.steps=4"], timeout=240)
+    assert [record["step"] for record in records(run)] == [3, 3, 4, 4]
+    assert (run / "checkpoints" / "step-00000003" / "mark").exists(), "not made again"
+    back = [*common, f"output={run}", f"checkpoint.resume={run}/checkpoints/step-00000003", "train.steps=4"]
+    run_distributed(train, 1, back, timeout=240)
+    assert [record["step"] for record in records(run)] == [3, 3, 4, 4]
+    assert load_model(open_checkpoint(base)).config == load_model(open_checkpoint(run)).config

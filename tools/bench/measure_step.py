@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from occult_train.config import Config, load
-from occult_train.monitor import peak_flops
+from occult_train.meter import peak_flops
 from occult_train.tools.bench.breakdown import profile_kernels
 from occult_train.tools.bench.shapes import STEP_SYSTEMS, StepTask, parse_system
 from occult_train.tools.bench.step_systems import TRAINERS
