@@ -15,7 +15,6 @@ from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import load
 from occult_train.inference import load_model
 from occult_train.testing import run_distributed
-from occult_train.tools.prepare import prepare
 
 SMALL = [
     "model.hidden_size=32",
@@ -37,18 +36,6 @@ SMALL = [
     "monitor.interval=1",
     "parallel.expert=2",
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A corpus of generated sentences."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "seven", "dogs", "run", "home"]
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + f"\nfile {i}\n")
-    prepare([str(folder)], folder / "corpus", vocab_size=300, tokenizer=None, workers=1, valid_fraction=0.2)
-    return str(folder / "corpus")
 
 
 def train(_rank: int, arguments: list[str]) -> int:
