@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import nn
 
@@ -122,6 +123,8 @@ def build_engine(
         say: takes a line for the user, on rank 0.
     """
     check_deepspeed(config)
+    if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError("train.precision=fp16 is not supported by DeepSpeed on this device; use bf16 or fp32")
     if model is None:
         way, chosen = choose_way(config, grid)
         with torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"):

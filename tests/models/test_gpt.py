@@ -299,6 +299,14 @@ def test_training_loss_adds_its_weighted_parts(balance: str) -> None:
     torch.testing.assert_close(model.eval()(ids, labels=ids), parts.cross_entropy, rtol=1e-12, atol=0)
 
 
+def test_evaluation_does_not_count_towards_balancing() -> None:
+    model, ids = build(SMALL, Runtime(balance="bias", bias_update_rate=0.5)), tokens(SMALL, 2, 9)
+    model(ids, labels=ids)
+    model.eval()(tokens(SMALL, 2, 9, seed=1), labels=ids)
+    counts = model.train().finish_step()
+    assert counts.sum(dim=1).tolist() == [ids.numel() * SMALL.num_experts_per_tok] * SMALL.num_hidden_layers
+
+
 def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="sequence of 33 is longer than max_position_embeddings=32"):
         build(SMALL)(tokens(SMALL, 1, 33))

@@ -125,11 +125,22 @@ class Call:
         return self.data.numel() * self.data.element_size()
 
 
+OTHERS = (
+    *("all_to_all", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast", "gather"),
+    *("reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "isend", "batch_isend_irecv"),
+)
+"""Ways to send something past the record."""
+
+
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Note every all_to_all_single that really happens."""
+    """Note every all_to_all_single that really happens, and let nothing else happen."""
     calls: list[Call] = []
     original = dist.all_to_all_single
+    others = {name: getattr(dist, name) for name in OTHERS}
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("something was sent through another collective")
 
     def record(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         receive, send = (args[i] if len(args) > i else None for i in range(2))
@@ -137,10 +148,14 @@ def recorded() -> Iterator[list[Call]]:
         return original(output, input, *args, **kwargs)
 
     dist.all_to_all_single = record
+    for name in OTHERS:
+        setattr(dist, name, refuse)
     try:
         yield calls
     finally:
         dist.all_to_all_single = original
+        for name, other in others.items():
+            setattr(dist, name, other)
 
 
 @dataclass(frozen=True)

@@ -517,6 +517,12 @@ def test_harmless_settings_reach_deepspeed(path: str) -> None:
     assert found == 7
 
 
+def test_fp16_is_refused_where_deepspeed_would_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16 is not supported by DeepSpeed on this device"):
+        build_engine(make_config(Mode(1, "fp16")), Grid())
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_0_is_refused_without_master_weights(precision: str) -> None:
     with pytest.raises(ConfigError, match=f"zero.stage=0 with train.precision={precision}"):
