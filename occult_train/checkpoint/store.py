@@ -165,7 +165,8 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
     write_durably(root / "latest", final.name + "\n")
     shutil.rmtree(root / f"{final.name}.replaced", ignore_errors=True)
     for old in [p for p in _complete(root) if p != final][: -(keep - 1) or None] if keep else []:
-        shutil.rmtree(old)
+        # under a name that nobody takes for a whole one, should this be its last moment
+        shutil.rmtree(old.rename(root / f"{old.name}.partial"))
     return final
 
 

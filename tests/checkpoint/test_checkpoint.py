@@ -53,12 +53,25 @@ def permuted(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"moe.placement={path}"
 
 
-def test_reshard_is_exact(tmp_path: Path, permuted: str) -> None:
-    saved = {}
-    for stage, extra in ((1, []), (3, [permuted])):
-        root = str(tmp_path / str(stage))
-        overrides = [f"zero.stage={stage}", "parallel.expert=2", *extra]
-        saved[stage] = (root, *run_distributed(first_half, 2, overrides, root, timeout=240)[0])
+def check_targets(
+    root: Path, ranks: int, overrides: list[str], targets: dict[int, list[list[str]]]
+) -> dict[str, torch.Tensor]:
+    """Save on so many ranks, go on with each target (ranks, overrides), and return what was saved."""
+    tensors, losses = run_distributed(first_half, ranks, overrides, str(root), timeout=240)[0]
+    for target_ranks, variants in targets.items():
+        results = run_distributed(second_half, target_ranks, variants, str(root), timeout=240)[0]
+        for variant, (found, later) in zip(variants, results, strict=True):
+            case = f"{ranks} ranks, {overrides} to {target_ranks} ranks, {variant}"
+            assert found.keys() == tensors.keys(), case
+            for name, tensor in tensors.items():
+                assert torch.equal(found[name], tensor), f"{case}: {name}"
+            assert later == pytest.approx(losses, rel=1e-5), case
+    return tensors
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_reshard_is_exact(tmp_path: Path, permuted: str, stage: int) -> None:
+    source = [f"zero.stage={stage}", "parallel.expert=2", *([permuted] if stage == 3 else [])]
     targets = {
         1: [["zero.stage=0"]],
         2: [
@@ -69,17 +82,18 @@ def test_reshard_is_exact(tmp_path: Path, permuted: str) -> None:
         ],
         4: [["zero.stage=3", "parallel.expert=4", permuted], ["zero.stage=1", "parallel.expert=2"]],
     }
-    for stage, (root, tensors, losses) in saved.items():
-        assert tensors["bias.0"].abs().max() > 0
-        for ranks, variants in targets.items():
-            results = run_distributed(second_half, ranks, variants, root, timeout=240)[0]
-            for overrides, (found, later) in zip(variants, results, strict=True):
-                case = f"stage {stage} to {ranks} ranks, {overrides}"
-                assert found.keys() == tensors.keys(), case
-                for name, tensor in tensors.items():
-                    assert torch.equal(found[name], tensor), f"{case}: {name}"
-                for got, expected in zip(later, losses, strict=True):
-                    assert abs(got - expected) <= 1e-5 * expected, f"{case}: {later} against {losses}"
+    assert check_targets(tmp_path, 2, source, targets)["bias.0"].abs().max() > 0
+
+
+def test_ranks_that_hold_the_same_experts_share_the_writing(tmp_path: Path, permuted: str) -> None:
+    source = ["zero.stage=2", "parallel.expert=2", permuted, "model.tie_word_embeddings=true"]
+    check_targets(tmp_path, 4, source, {2: [["zero.stage=3", "parallel.expert=2", "model.tie_word_embeddings=true"]]})
+    checkpoint = store.open_checkpoint(tmp_path)
+    writers = {
+        e: {checkpoint.entries[f"layers.{i}.moe.experts.{w}.{e}"].file for i in range(2) for w in ("w1", "w2", "w3")}
+        for e in range(8)
+    }
+    assert set.union(*writers.values()) == {f"model-{rank:05d}.safetensors" for rank in range(4)}
 
 
 def single_process_loss(root: Path) -> float:

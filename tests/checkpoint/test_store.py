@@ -1,7 +1,10 @@
 """The folder of checkpoints, in one process: complete or absent, old ones removed, damage named."""
 
+import itertools
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,27 +59,42 @@ def test_retention_and_latest(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000030"]
 
 
-def test_killed_between_moving_the_old_one_aside_and_taking_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake(tmp_path, 5, keep=1)
-    rename, renamed = Path.rename, []
+def dies_at(operation: int, root: Path, step: int, keep: int) -> bool:
+    """Save in another process that dies before so many operations on files, nothing flushed. False if it lived."""
+    pid = os.fork()
+    if pid == 0:
+        left = [operation]
 
-    def dies_second(self: Path, target: Path) -> Path:
-        if self.name.startswith("step-"):
-            renamed.append(self)
-            if len(renamed) == 2:
-                raise KeyboardInterrupt
-        return rename(self, target)
+        def count(event: str, _arguments: object) -> None:
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
 
-    monkeypatch.setattr(Path, "rename", dies_second)
-    with pytest.raises(KeyboardInterrupt):
-        fake(tmp_path, 5, keep=1)
-    monkeypatch.undo()
-    assert not (tmp_path / "step-00000005").exists()
-    assert store.open_checkpoint(tmp_path).read("a").shape == (3, 5)
-    fake(tmp_path, 6, keep=1)
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000006"]
+        sys.addaudithook(count)
+        fake(root, step, keep)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("step", [7, 6], ids=["next step", "same step again"])
+def test_killed_before_any_operation_on_files(tmp_path: Path, step: int) -> None:
+    """What was there loads, or what was being written; all that passes for whole is whole; the next save cleans up."""
+    for operation in itertools.count(1):
+        root = tmp_path / str(operation)
+        fake(root, 5, keep=2)
+        fake(root, 6, keep=2)
+        died = dies_at(operation, root, step, keep=1)
+        newest = store.open_checkpoint(root)
+        assert newest.step in ((6, step) if died else (step,))
+        for folder in store._complete(root):
+            checkpoint = store.open_checkpoint(folder)
+            assert torch.equal(checkpoint.read("a"), torch.arange(15.0).view(3, 5) + checkpoint.step)
+        fake(root, 8, keep=1)
+        assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000008"]
+        if not died:
+            break
+    assert operation > 15
 
 
 def test_latest_that_points_nowhere_falls_back(tmp_path: Path) -> None:
@@ -127,6 +145,16 @@ def test_damage_is_named(tmp_path: Path, damage: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message.replace(".", r"\.")) as caught:
         store.open_checkpoint(folder).read("a")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_dense_tensors_are_spread_over_the_ranks_by_size(partitioned: bool) -> None:
+    """At ZeRO-3 nothing but the shape tells a parameter's size."""
+    model = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(size)) for size in (100, 40, 30, 30, 5))
+    for parameter in model if partitioned else ():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    written = [[t.pieces[0] for t in logical_tensors(model, Grid(r, 2)) if t.writes[0]] for r in range(2)]
+    assert written == [["0", "4"], ["1", "2", "3"]]
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

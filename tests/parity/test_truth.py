@@ -80,6 +80,8 @@ class Problem:
     clip: float = CLIP
     favoured: int = 0
     """Router weights send every token to the first so many experts."""
+    apart: bool = False
+    """They send odd tokens to the other experts, and the second half of the ranks sees odd tokens alone."""
     smallest_gap: float = 1e-5
     """Reject the problem if a token's K-th and (K+1)-th score are closer."""
 
@@ -99,6 +101,7 @@ PROBLEMS = {
     "unclipped": Problem(43, clip=0.0),
     "within_clip": Problem(43, clip=100.0),
     "one_device": Problem(1, favoured=4),
+    "apart": Problem(6, favoured=4, apart=True),
     "one_expert": Problem(6, favoured=1, top_k=1),
     "one_token": Problem(1, length=1, micro_batch=1),
     "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
@@ -214,6 +217,7 @@ EXTREME = [
     *two_ranks("one_device", BOTH, (0, 1, 2, 3)),
     *two_ranks("one_expert", BOTH, (0, 1, 2, 3)),
     *two_ranks("one_token", BOTH, (0, 1, 2, 3)),
+    *(Case(4, dispatcher, stage, 2, problem="apart") for dispatcher in BOTH for stage in range(4)),
 ]
 BF16 = [
     *two_ranks("short", ("dedup",), (1, 2, 3), precision="bf16"),
@@ -226,6 +230,8 @@ def initial_weights(problem: Problem) -> Params:
     params = plain_moe.init_params(PlainConfig(**problem.model), problem.seed, torch.float32)
     if problem.favoured:
         params["embed_tokens.weight"][:, 0] = 3.0
+        if problem.apart:
+            params["embed_tokens.weight"][1::2, 0] = -3.0
         for name in params:
             if name.endswith("router.weight"):
                 params[name][:, 0] = -1.0
@@ -238,11 +244,13 @@ def batches(problem: Problem, world: int, accumulation: int) -> Batches:
     generator = torch.Generator().manual_seed(problem.seed)
     shape = (problem.micro_batch, problem.length + 1)
 
-    def draw() -> tuple[Tensor, Tensor]:
+    def draw(rank: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(MODEL["vocab_size"], shape, generator=generator)
+        if problem.apart:
+            tokens = tokens % 60 // 2 * 2 + rank // (world // 2)
         return tokens[:, :-1], tokens[:, 1:]
 
-    return [[[draw() for _ in range(world)] for _ in range(accumulation)] for _ in RATES]
+    return [[[draw(rank) for rank in range(world)] for _ in range(accumulation)] for _ in RATES]
 
 
 @cache
@@ -512,12 +520,23 @@ def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> 
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
 
+def check_apart(problem: Problem, world: int) -> None:
+    """Of two ranks that hold the same experts, in different groups, one gets rows and the other none."""
+    weights = {name: value.double() for name, value in initial_weights(problem).items()}
+    for rank, (input_ids, _) in enumerate(batches(problem, world, 1)[0][0]):
+        for routing in plain_moe.forward(weights, PlainConfig(**problem.model), input_ids).router:
+            assert {int(e) // problem.favoured for e in routing["experts"].flatten()} == {rank // (world // 2)}
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", EXTREME, ids=str)
 def test_lopsided_routing_neither_hangs_nor_differs(case: Case, outcomes: Outcomes) -> None:
     record = reference(case.problem, case.world, case.accumulation)
-    if favoured := PROBLEMS[case.problem].favoured:
-        assert all(not counts[favoured:].any() for step in record.counts for counts in step.values())
+    problem = PROBLEMS[case.problem]
+    if problem.apart:
+        check_apart(problem, case.world)
+    elif problem.favoured:
+        assert all(not counts[problem.favoured :].any() for step in record.counts for counts in step.values())
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
 
