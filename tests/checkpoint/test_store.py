@@ -87,6 +87,9 @@ def test_killed_before_any_operation_on_files(tmp_path: Path, step: int) -> None
         died = dies_at(operation, root, step, keep=1)
         newest = store.open_checkpoint(root)
         assert newest.step in ((6, step) if died else (step,))
+        if step == 7:
+            named = root / (root / "latest").read_text().strip()
+            assert store.open_checkpoint(named).step == newest.step, "`latest` is written last"
         for folder in store._complete(root):
             checkpoint = store.open_checkpoint(folder)
             assert torch.equal(checkpoint.read("a"), torch.arange(15.0).view(3, 5) + checkpoint.step)
