@@ -1,5 +1,6 @@
 """The logical tensors of a model on this rank: which there are, and who writes them."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,6 +43,6 @@ def logical_tensors(model: nn.Module, grid: Grid) -> list[Logical]:
             found.append(Logical(parameter, tuple(f"{name}.{e}" for e in ids), shape[1:], writes, True))
         else:
             writer = load.index(min(load))
-            load[writer] += parameter.numel() or 1
+            load[writer] += math.prod(shape)
             found.append(Logical(parameter, (name,), shape, (writer == grid.rank,), False))
     return found

@@ -1,5 +1,6 @@
 """The folder of checkpoints: a checkpoint is complete or absent, `latest` names the newest, old ones are removed."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from occult_train.checkpoint.shards import Entry, read_entry
 from occult_train.errors import CheckpointError
 
 FORMAT = "occult-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "checkpoint.json"
 _STEP = re.compile(r"step-(\d{8,})$")
 
@@ -65,18 +66,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"checkpoint {folder} has version {manifest['version']}, this program reads {VERSION}"
             )
         checkpoint = Checkpoint(folder, manifest)
-        files = manifest["files"]
+        body = {name: manifest[name] for name in manifest if name not in ("format", "version", "sha256")}
+        whole = manifest["sha256"] == _sha256(json.dumps(body))
+        files, texts = manifest["files"], manifest["texts"]
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be understood ({error!r})") from None
+    if not whole:
+        raise CheckpointError(f"checkpoint {folder} is damaged: the checksum of {MANIFEST} does not match")
+    _check_files(folder, files, texts)
+    return checkpoint
+
+
+def _check_files(folder: Path, files: dict[str, int], texts: dict[str, str]) -> None:
+    """Sizes of all files and checksums of the small ones; tensors have theirs verified when they are read."""
     for file, size in files.items():
         if not (folder / file).is_file():
             raise CheckpointError(f"checkpoint {folder} is incomplete: {file} is missing")
         if (folder / file).stat().st_size != size:
             found = (folder / file).stat().st_size
             raise CheckpointError(f"checkpoint {folder} is damaged: {file} has {found} bytes in place of {size}")
-    return checkpoint
+    for file, digest in texts.items():
+        if _sha256((folder / file).read_text(errors="replace")) != digest:
+            raise CheckpointError(f"checkpoint {folder} is damaged: the checksum of {file} does not match")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _absent(path: Path) -> str:
@@ -138,7 +155,9 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
         keep: complete checkpoints to keep, 0 for all.
     """
     partial, final = partial_folder(root, step), root / f"step-{step:08d}"
-    write_durably(partial / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, **manifest}))
+    body = manifest | {"texts": {p.name: _sha256(p.read_text()) for p in sorted(partial.glob("*.yaml"))}}
+    head = {"format": FORMAT, "version": VERSION, "sha256": _sha256(json.dumps(body))}
+    write_durably(partial / MANIFEST, json.dumps(head | body))
     if final.exists():  # the run went back to an older checkpoint and came by again
         final.rename(root / f"{final.name}.replaced")
     partial.rename(final)
@@ -146,7 +165,8 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
     write_durably(root / "latest", final.name + "\n")
     shutil.rmtree(root / f"{final.name}.replaced", ignore_errors=True)
     for old in [p for p in _complete(root) if p != final][: -(keep - 1) or None] if keep else []:
-        shutil.rmtree(old)
+        # under a name that nobody takes for a whole one, should this be its last moment
+        shutil.rmtree(old.rename(root / f"{old.name}.partial"))
     return final
 
 

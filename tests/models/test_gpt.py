@@ -5,25 +5,31 @@ transformers is imported where it is used: the ranks of the distributed test imp
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import plain_moe
 import pytest
 import torch
 import torch.distributed as dist
+from plain_moe import PlainConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from occult_train.config import load
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
+from occult_train.models.huggingface import family_of
 from occult_train.models.init import init_weights
 from occult_train.moe.placement import Placement
 from occult_train.moe.router import Router
 from occult_train.parallel.grid import Grid
 from occult_train.testing import run_distributed
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ModelConfig(
     vocab_size=96,
     hidden_size=16,
@@ -273,6 +279,37 @@ def test_logits_are_qwen2_moe_s(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@each_shape
+@pytest.mark.parametrize("normalise", [False, True])
+def test_logits_are_the_plain_model_s(config: ModelConfig, normalise: bool) -> None:
+    """Every option, and packed documents in one row of two."""
+    config = replace(config, norm_topk_prob=normalise)
+    model, ids = build(config).eval(), tokens(config, 2, 21)
+    document_ids = torch.stack([torch.zeros(21), torch.arange(21) // 8]).long()
+    plain = PlainConfig(**{field.name: getattr(config, field.name) for field in fields(PlainConfig)})
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    output = plain_moe.forward(params, plain, ids, document_ids)
+    assert min(routing["topk_gap"] for routing in output.router) > 1e-5
+    # measured at most 4e-8: our angles are fp32
+    assert relative(model(ids, document_ids=document_ids).detach(), output.logits) < 1e-6
+
+
+# --- configs of the repository
+
+
+def test_the_demo_is_an_olmoe() -> None:
+    """So that it can be exported as one."""
+    assert family_of(load([str(CONFIGS / "demo.yaml")]).model).architecture == "OlmoeForCausalLM"
+
+
+def test_olmoe_1b_7b_is_as_large_as_olmoe() -> None:
+    """Parameters of allenai/OLMoE-1B-7B-0924, and 8 of its 64 experts with all the rest."""
+    model = load([str(CONFIGS / "olmoe_1b_7b.yaml")]).model
+    assert family_of(model).architecture == "OlmoeForCausalLM"
+    assert model.num_params() == 6_919_161_856
+    assert model.active_params() == 1_282_017_280
+
+
 # --- loss
 
 
@@ -299,6 +336,14 @@ def test_training_loss_adds_its_weighted_parts(balance: str) -> None:
     expected = parts.cross_entropy + 0.25 * z_loss + (0.5 * balance_loss if balance == "aux_loss" else 0)
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(model.eval()(ids, labels=ids), parts.cross_entropy, rtol=1e-12, atol=0)
+
+
+def test_evaluation_does_not_count_towards_balancing() -> None:
+    model, ids = build(SMALL, Runtime(balance="bias", bias_update_rate=0.5)), tokens(SMALL, 2, 9)
+    model(ids, labels=ids)
+    model.eval()(tokens(SMALL, 2, 9, seed=1), labels=ids)
+    counts = model.train().finish_step()
+    assert counts.sum(dim=1).tolist() == [ids.numel() * SMALL.num_experts_per_tok] * SMALL.num_hidden_layers
 
 
 def test_too_long_a_sequence_is_refused() -> None:

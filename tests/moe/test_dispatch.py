@@ -5,7 +5,7 @@ The ranks only measure; every assertion is made here, where the data of all rank
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from occult_train.moe.dispatch import AllToAllDispatcher, DedupDispatcher, Local
 from occult_train.parallel.all_to_all import home_first
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import PASSES, Traffic
-from occult_train.testing import RankError, run_distributed
+from occult_train.testing import RankError, requires_gpus, run_distributed
 
 HIDDEN, FFN = 8, 5
 LAYOUTS = ((2, 2), (3, 3), (4, 4), (4, 2))
@@ -82,6 +82,9 @@ class Tokens:
     factor_TH: Tensor
     """The loss is sum(y * factor)."""
 
+    def to(self, device: torch.device) -> "Tokens":
+        return Tokens(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 def make_tokens(case: Case, rank: int, ranks: int, devices: int) -> Tokens:
     """The same for whoever asks. Weights of a token sum to 1."""
@@ -125,22 +128,37 @@ class Call:
         return self.data.numel() * self.data.element_size()
 
 
+OTHERS = (
+    *("all_to_all", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast", "gather"),
+    *("reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "isend", "batch_isend_irecv"),
+)
+"""Ways to send something past the record."""
+
+
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Note every all_to_all_single that really happens."""
+    """Note every all_to_all_single that really happens, and let nothing else happen."""
     calls: list[Call] = []
     original = dist.all_to_all_single
+    others = {name: getattr(dist, name) for name in OTHERS}
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("something was sent through another collective")
 
     def record(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         receive, send = (args[i] if len(args) > i else None for i in range(2))
-        calls.append(Call(input.detach().clone(), send, receive))
+        calls.append(Call(input.detach().cpu().clone(), send, receive))
         return original(output, input, *args, **kwargs)
 
     dist.all_to_all_single = record
+    for name in OTHERS:
+        setattr(dist, name, refuse)
     try:
         yield calls
     finally:
         dist.all_to_all_single = original
+        for name, other in others.items():
+            setattr(dist, name, other)
 
 
 @dataclass(frozen=True)
@@ -164,12 +182,13 @@ class Result:
 def measure(case: Case, name: str, rank: int, ranks: int, grid: Grid) -> Result:
     """Run one case with one dispatcher on this rank, cut before and after the experts to tell the passes apart."""
     devices = grid.expert_size
+    device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
     grid, local = (Grid(), case.experts(devices)) if name == "local" else (grid, case.local)
     dispatcher = make_dispatcher(name, grid, local)
-    tokens = make_tokens(case, rank, ranks, devices)
+    tokens = make_tokens(case, rank, ranks, devices).to(device)
     mine = case.expert_to_slot(devices).argsort()[grid.expert_rank * local :][:local]
     x_TH, weights_TK = tokens.x_TH.requires_grad_(), tokens.weights_TK.requires_grad_()
-    w1, w2, w3 = (w[mine].requires_grad_() for w in make_experts(case.experts(devices)))
+    w1, w2, w3 = (w[mine].to(device).requires_grad_() for w in make_experts(case.experts(devices)))
 
     calls = {}
     with recorded() as calls["dispatch"]:
@@ -184,16 +203,16 @@ def measure(case: Case, name: str, rank: int, ranks: int, grid: Grid) -> Result:
         rows.backward(cut.grad)
     traffic = dispatcher.traffic.drain()
     leaves = {"x": x_TH, "weights": weights_TK, "w1": w1, "w2": w2, "w3": w3}
-    gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    gradients = {key: leaf.grad.cpu() for key, leaf in leaves.items() if leaf.grad is not None}
 
     with torch.no_grad():
-        stamped_x_TH, stamped_weights_TK = stamp(tokens, rank)
+        stamped_x_TH, stamped_weights_TK = (stamped.to(device) for stamped in stamp(tokens, rank))
         stamped = dispatcher.dispatch(stamped_x_TH, tokens.slots_TK, stamped_weights_TK)
         undone = dispatcher.combine(stamped.rows_RH, stamped)
         row_weight = torch.where(sent.ids_RM >= 0, sent.weights_RM, 0).sum(1, keepdim=True)
         averaged = dispatcher.combine(sent.rows_RH * row_weight, sent)
-    received = (stamped.rows_RH, stamped.ids_RM, stamped.weights_RM)
-    return Result(y_TH.detach(), gradients, calls, traffic, received, undone, averaged)
+    received = (stamped.rows_RH.cpu(), stamped.ids_RM.cpu(), stamped.weights_RM.cpu())
+    return Result(y_TH.detach().cpu(), gradients, calls, traffic, received, undone.cpu(), averaged.cpu())
 
 
 Results = dict[tuple[int, str, str], Result]
@@ -442,6 +461,25 @@ def test_local_sends_nothing(layout: tuple[int, int], case: str) -> None:
         assert not any(result.calls.values())
         assert not any(result.traffic.rows_sent.values())
         assert not any(result.traffic.bytes_sent.values())
+
+
+@requires_gpus(2)
+def test_nccl_does_what_gloo_does() -> None:
+    """Arrivals, rows and bytes are the same; results and gradients are those of the same sums on another machine."""
+    gloo, nccl = run(2), run_distributed(measure_all, 2, 2, [2], backend="nccl")
+    assert not isinstance(gloo, RankError)
+    for expected_by_case, got_by_case in zip(gloo, nccl, strict=True):
+        assert got_by_case.keys() == expected_by_case.keys()
+        for key, expected in expected_by_case.items():
+            got = got_by_case[key]
+            assert got.traffic == expected.traffic, key
+            for name in PASSES:
+                sizes = [[(c.data.shape, c.send, c.receive) for c in r.calls[name]] for r in (got, expected)]
+                assert sizes[0] == sizes[1], (key, name)
+            assert all(map(torch.equal, got.received, expected.received)), key
+            assert relative(got.y_TH, expected.y_TH) < 1e-13, key
+            for name, gradient in expected.gradients.items():
+                assert relative(got.gradients[name], gradient) < 1e-13, (key, name)
 
 
 def test_draining_traffic_starts_again_from_zero() -> None:

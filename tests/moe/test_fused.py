@@ -7,6 +7,8 @@ the same kernels through the same address tables.
 import itertools
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -132,6 +134,32 @@ class MappedBox(SymmetricBox):
         dist.barrier(self.grid.expert_group)
 
 
+@dataclass(frozen=True)
+class Entered:
+    """What one all-to-all was given."""
+
+    rows: int
+    own_rows: int
+    nbytes: int
+
+
+@contextmanager
+def entering(grid: Grid) -> Iterator[list[Entered]]:
+    """Note every all-to-all that really happens."""
+    calls: list[Entered] = []
+    original = dist.all_to_all_single
+
+    def record(target: Tensor, source: Tensor, arrives: list[int], sends: list[int], **kwargs: Any) -> Any:
+        calls.append(Entered(sum(sends), sends[grid.expert_rank], source.numel() * source.element_size()))
+        return original(target, source, arrives, sends, **kwargs)
+
+    dist.all_to_all_single = record
+    try:
+        yield calls
+    finally:
+        dist.all_to_all_single = original
+
+
 def rank_runs(rank: int, cases: list[tuple[str, Way, bool]], dtype: torch.dtype, folder: Path) -> list[Any]:
     """Each case on this rank: its outputs, gradients and traffic."""
     cuda = dist.get_backend() == "nccl"
@@ -148,11 +176,21 @@ def rank_runs(rank: int, cases: list[tuple[str, Way, bool]], dtype: torch.dtype,
         weights = data["weights"].float().requires_grad_()
         traffic = Traffic()
         layer = FusedExperts(grid, problem.experts, traffic, way, recompute)
-        y = layer(leaves[0], problem.slots()[rank].to(device), weights, *leaves[1:])
-        y.backward(data["dy"].to(dtype))
+        with entering(grid) as entered:
+            y = layer(leaves[0], problem.slots()[rank].to(device), weights, *leaves[1:])
+            y.backward(data["dy"].to(dtype))
+        if way.transport == "collective":
+            check_entered(entered, traffic)
         got = (y.detach(), leaves[0].grad, weights.grad, *(leaf.grad for leaf in leaves[1:]))
         answers.append(([g.cpu() for g in got], traffic))  # type: ignore[union-attr]
     return answers
+
+
+def check_entered(entered: list[Entered], traffic: Traffic) -> None:
+    """The counters tell what the collectives were given, and that is no row of one's own."""
+    assert sum(call.rows for call in entered) == sum(traffic.rows_sent.values())
+    assert sum(call.nbytes for call in entered) == sum(traffic.bytes_sent.values())
+    assert not any(call.own_rows for call in entered)
 
 
 def check(name: str, rank: int, got: list[Tensor], traffic: Traffic, dtype: torch.dtype) -> None:

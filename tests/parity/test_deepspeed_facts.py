@@ -56,11 +56,6 @@ OPTIMIZERS = {
     **{Mode(2): "DeepSpeedZeroOptimizer", Mode(2, "bf16"): "DeepSpeedZeroOptimizer"},
 }
 
-needs_fp16 = pytest.mark.skipif(
-    not get_accelerator().is_fp16_supported(),
-    reason="DeepSpeed trains fp16 only where its accelerator does: on CPU, where oneDNN has fp16 (AVX512-FP16 or AMX)",
-)
-
 
 def make_config(mode: Mode) -> Config:
     config = Config(
@@ -150,8 +145,7 @@ def visit(mode: Mode) -> dict[str, Any]:
     first = Vehicle(mode, seed=1)
     seen |= of_a_new_engine(first)
     first.backward(seed=1)
-    if mode.precision == "fp32":
-        seen["gradient errors"] = gradient_errors(first, seed=1)
+    seen["gradient errors"] = gradient_errors(first, seed=1)
     if mode.stage == 0:
         seen |= of_clipping(first)
     first.step()
@@ -223,13 +217,17 @@ def gradient_errors(vehicle: Vehicle, seed: int) -> dict[str, float]:
     config.parallel.expert = 1
     whole = GPT(config.model, runtime(config, Grid()))
     init_weights(whole, seed)
+    whole.to(torch.bfloat16 if vehicle.mode.precision == "bf16" else torch.float32)
+    total = {name: torch.zeros(parameter.shape) for name, parameter in whole.named_parameters()}
     for rank in range(RANKS):
-        (whole(**batch(seed, rank)) / RANKS).backward()
+        names, parameters = zip(*whole.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(whole(**batch(seed, rank)), parameters)
+        for name, gradient in zip(names, gradients, strict=True):
+            total[name] += gradient / RANKS
     errors = {}
-    for name, parameter in whole.named_parameters():
+    for name, gradient in total.items():
         mine = vehicle.parameters[name]
-        assert parameter.grad is not None
-        want = parameter.grad[mine.ds_autoep_uc_meta["local_experts"]] if zero.is_expert(mine) else parameter.grad
+        want = gradient[mine.ds_autoep_uc_meta["local_experts"]] if zero.is_expert(mine) else gradient
         errors[name] = float((zero.full_grad(vehicle.engine, mine) - want).norm() / want.norm())
     return errors
 
@@ -331,8 +329,9 @@ def visit_stage_0_in_bf16() -> str:
 
 def _tour(rank: int) -> dict[Any, Any]:
     seen: dict[Any, Any] = {mode: visit(mode) for mode in MODES}
-    if get_accelerator().is_fp16_supported():
-        seen |= {mode: visit_fp16(mode) for mode in FP16}
+    # torch computes in fp16 on every CPU; DeepSpeed asks for one that is fast at it
+    get_accelerator().is_fp16_supported = lambda: True
+    seen |= {mode: visit_fp16(mode) for mode in FP16}
     seen["stage 0 in bf16"] = visit_stage_0_in_bf16()
     return seen
 
@@ -397,11 +396,12 @@ def test_buffers_keep_their_types(facts: Facts, mode: Mode) -> None:
         assert seen[mode]["weights"] == {"torch.float32" if mode.precision == "fp32" else "torch.bfloat16"}
 
 
-@pytest.mark.parametrize("mode", FP32, ids=str)
+@every_mode
 def test_expert_gradients_sum_over_peers_and_divide_by_all_ranks(facts: Facts, mode: Mode) -> None:
     for seen in facts:
         errors = seen[mode]["gradient errors"]
-        assert max(errors.values()) < 1e-5, errors
+        # bf16 against bf16 in one process, where sums are rounded at other places: measured at most 0.018
+        assert max(errors.values()) < (1e-5 if mode.precision == "fp32" else 0.03), errors
 
 
 @every_mode
@@ -473,7 +473,6 @@ def test_deepspeed_cannot_hold_bf16_at_stage_0(facts: Facts) -> None:
         assert seen["stage 0 in bf16"].startswith("NotImplementedError")
 
 
-@needs_fp16
 @pytest.mark.parametrize("mode", FP16, ids=str)
 def test_fp16_trains_and_its_loss_scale_can_be_set(facts: Facts, mode: Mode) -> None:
     for seen in facts:
@@ -516,6 +515,12 @@ def test_harmless_settings_reach_deepspeed(path: str) -> None:
     for key in path.split("."):
         found = found[key]
     assert found == 7
+
+
+def test_fp16_is_refused_where_deepspeed_would_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16 is not supported by DeepSpeed on this device"):
+        build_engine(make_config(Mode(1, "fp16")), Grid())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -56,7 +56,6 @@ MODEL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "qk_norm": "full",
     "num_experts": 8,
-    "num_experts_per_tok": 3,
     "shared_expert_intermediate_size": 10,
     "shared_expert_gate": True,
     "dense_layers": [1],
@@ -77,26 +76,36 @@ class Problem:
     scope: str = "micro_batch"
     normalise: bool = False
     tied: bool = False
-    one_device: bool = False
-    """Router weights send every token to the first half of the experts."""
+    top_k: int = 3
+    clip: float = CLIP
+    favoured: int = 0
+    """Router weights send every token to the first so many experts."""
+    apart: bool = False
+    """They send odd tokens to the other experts, and the second half of the ranks sees odd tokens alone."""
     smallest_gap: float = 1e-5
     """Reject the problem if a token's K-th and (K+1)-th score are closer."""
 
     @property
     def model(self) -> dict[str, Any]:
-        return MODEL | {"norm_topk_prob": self.normalise, "tie_word_embeddings": self.tied}
+        chosen = {"norm_topk_prob": self.normalise, "num_experts_per_tok": self.top_k}
+        return MODEL | chosen | {"tie_word_embeddings": self.tied}
 
 
 PROBLEMS = {
     "plain": Problem(43),
     "bias": Problem(16, balance="bias"),
-    "global_batch": Problem(14, scope="global_batch"),
+    "global_batch": Problem(10, scope="global_batch"),
     "norm_topk": Problem(5, normalise=True),
     "tied": Problem(14, tied=True),
-    "one_device": Problem(1, one_device=True),
+    "prime": Problem(3, length=13, micro_batch=1),
+    "unclipped": Problem(43, clip=0.0),
+    "within_clip": Problem(43, clip=100.0),
+    "one_device": Problem(1, favoured=4),
+    "apart": Problem(6, favoured=4, apart=True),
+    "one_expert": Problem(6, favoured=1, top_k=1),
     "one_token": Problem(1, length=1, micro_batch=1),
     "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
-    "short_one_device": Problem(56, length=3, micro_batch=1, one_device=True, smallest_gap=5e-3),
+    "short_one_device": Problem(56, length=3, micro_batch=1, favoured=4, smallest_gap=5e-3),
 }
 """Seeds were chosen for wide gaps between scores and well-conditioned gradients; float32 was then 5e-6 off at worst."""
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -176,6 +185,12 @@ def two_ranks(problem: str, dispatchers: tuple[str, ...], stages: tuple[int, ...
     return [Case(2, d, s, 2, **{"problem": problem, **more}) for d in dispatchers for s in stages]
 
 
+def four_ranks(problem: str, stages: tuple[int, ...]) -> list[Case]:
+    """A problem on 4 ranks in two groups that each hold all experts, where balancing has to count both groups."""
+    more: dict[str, Any] = {"accumulation": 3, "placement": "permuted", "checkpointing": "selective"}
+    return [Case(4, "dedup", stage, 2, **{"problem": problem, **more}) for stage in stages]
+
+
 BOTH = ("all_to_all", "dedup")
 EXACT = [
     *matrix(2),
@@ -190,12 +205,19 @@ EXACT = [
     Case(2, "local", 1, 1, problem="norm_topk"),
     *two_ranks("norm_topk", BOTH, (1,)),
     *two_ranks("tied", ("dedup",), (0, 1, 2, 3)),
+    *two_ranks("unclipped", ("dedup",), (0, 1, 2, 3)),
+    *two_ranks("within_clip", ("dedup",), (0, 1, 2, 3)),
+    *two_ranks("prime", BOTH, (0, 1, 2, 3), placement="permuted"),
+    *four_ranks("bias", (1, 2)),
+    *four_ranks("global_batch", (1, 3)),
     *two_ranks("short", ("dedup",), (1, 2, 3)),
     *two_ranks("short_one_device", BOTH, (1,)),
 ]
 EXTREME = [
     *two_ranks("one_device", BOTH, (0, 1, 2, 3)),
+    *two_ranks("one_expert", BOTH, (0, 1, 2, 3)),
     *two_ranks("one_token", BOTH, (0, 1, 2, 3)),
+    *(Case(4, dispatcher, stage, 2, problem="apart") for dispatcher in BOTH for stage in range(4)),
 ]
 BF16 = [
     *two_ranks("short", ("dedup",), (1, 2, 3), precision="bf16"),
@@ -206,11 +228,14 @@ BF16 = [
 def initial_weights(problem: Problem) -> Params:
     """Weights that bf16 holds exactly, in float32, so that all precisions start from the same model."""
     params = plain_moe.init_params(PlainConfig(**problem.model), problem.seed, torch.float32)
-    if problem.one_device:
+    if problem.favoured:
         params["embed_tokens.weight"][:, 0] = 3.0
+        if problem.apart:
+            params["embed_tokens.weight"][1::2, 0] = -3.0
         for name in params:
             if name.endswith("router.weight"):
-                params[name][:, 0] = torch.tensor([1.0, -1.0]).repeat_interleave(MODEL["num_experts"] // 2)
+                params[name][:, 0] = -1.0
+                params[name][: problem.favoured, 0] = 1.0
     return {name: value.bfloat16().float() for name, value in params.items()}
 
 
@@ -219,11 +244,13 @@ def batches(problem: Problem, world: int, accumulation: int) -> Batches:
     generator = torch.Generator().manual_seed(problem.seed)
     shape = (problem.micro_batch, problem.length + 1)
 
-    def draw() -> tuple[Tensor, Tensor]:
+    def draw(rank: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(MODEL["vocab_size"], shape, generator=generator)
+        if problem.apart:
+            tokens = tokens % 60 // 2 * 2 + rank // (world // 2)
         return tokens[:, :-1], tokens[:, 1:]
 
-    return [[[draw() for _ in range(world)] for _ in range(accumulation)] for _ in RATES]
+    return [[[draw(rank) for rank in range(world)] for _ in range(accumulation)] for _ in RATES]
 
 
 @cache
@@ -237,7 +264,7 @@ def reference(name: str, world: int, accumulation: int) -> TrainRecord:
         lr=lambda step: RATES[step],
         eps=EPS,
         weight_decay=DECAY,
-        clip=CLIP,
+        clip=problem.clip,
         aux_coef=AUX,
         z_coef=Z,
         balance=problem.balance,
@@ -257,7 +284,7 @@ def configure(case: Case, folder: Path) -> Config:
     config.train.micro_batch_size = problem.micro_batch
     config.train.global_batch_size = problem.micro_batch * case.world * case.accumulation
     config.train.precision, config.train.activation_checkpointing = case.precision, case.checkpointing
-    config.train.gradient_clipping, config.data.sequence_length = CLIP, problem.length
+    config.train.gradient_clipping, config.data.sequence_length = problem.clip, problem.length
     config.optimizer.eps, config.optimizer.weight_decay = EPS, DECAY
     config.deepspeed = {"zero_optimization": TUNINGS[case.tuning]}
     if case.placement == "permuted":
@@ -341,7 +368,7 @@ class Run:
             if self.engine.is_gradient_accumulation_boundary():
                 self._compare("grad", where, lambda p: zero.full_grad(self.engine, p), record.grads[step])
                 if self.case.stage == 0:
-                    norm = zero.clip_stage_0(self.engine, self.grid, CLIP)
+                    norm = zero.clip_stage_0(self.engine, self.grid, self.problem.clip)
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         loads = self.model.finish_step()
@@ -467,7 +494,9 @@ def check(case: Case, outcome: Outcome, bounds: dict[str, float]) -> None:
         pytest.fail(
             f"{case}: scores {record.min_topk_gap:.1e} apart decide on an expert; at least {smallest} is needed"
         )
-    assert min(record.grad_norms) > CLIP
+    clip = PROBLEMS[case.problem].clip
+    clipped = [norm > clip > 0 for norm in record.grad_norms]
+    assert all(clipped) if clip == CLIP else not any(clipped)
     if outcome.failure:
         pytest.fail(f"{case}: {outcome.failure}")
     assert outcome.worst.keys() == bounds.keys()
@@ -491,13 +520,23 @@ def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> 
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
 
+def check_apart(problem: Problem, world: int) -> None:
+    """Of two ranks that hold the same experts, in different groups, one gets rows and the other none."""
+    weights = {name: value.double() for name, value in initial_weights(problem).items()}
+    for rank, (input_ids, _) in enumerate(batches(problem, world, 1)[0][0]):
+        for routing in plain_moe.forward(weights, PlainConfig(**problem.model), input_ids).router:
+            assert {int(e) // problem.favoured for e in routing["experts"].flatten()} == {rank // (world // 2)}
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", EXTREME, ids=str)
 def test_lopsided_routing_neither_hangs_nor_differs(case: Case, outcomes: Outcomes) -> None:
     record = reference(case.problem, case.world, case.accumulation)
-    if PROBLEMS[case.problem].one_device:
-        idle = MODEL["num_experts"] // 2
-        assert all(not counts[idle:].any() for step in record.counts for counts in step.values())
+    problem = PROBLEMS[case.problem]
+    if problem.apart:
+        check_apart(problem, case.world)
+    elif problem.favoured:
+        assert all(not counts[problem.favoured :].any() for step in record.counts for counts in step.values())
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
 

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,13 @@ def assert_same(left: Checkpoint, right: Checkpoint) -> None:
     "extra",
     [
         ["zero.stage=1", "moe.balance=bias", "moe.bias_update_rate=0.01"],
-        ["zero.stage=3", "moe.aux_loss_scope=global_batch", "train.activation_checkpointing=selective"],
+        [
+            *("zero.stage=3", "moe.aux_loss_scope=global_batch", "train.activation_checkpointing=selective"),
+            "model.tie_word_embeddings=true",
+        ],
         ["zero.stage=2", "train.precision=bf16", "data.mask_documents=true"],
     ],
-    ids=["stage 1, bias", "stage 3, global aux loss", "stage 2, bf16, documents"],
+    ids=["stage 1, bias", "stage 3, global aux loss, tied", "stage 2, bf16, documents"],
 )
 def test_resumed_run_is_the_undisturbed_run(tmp_path: Path, corpus: str, extra: list[str]) -> None:
     common = [f"data.path={corpus}", "train.steps=6", *extra]
@@ -66,6 +72,29 @@ def test_sigterm_on_one_rank_saves_and_ends_all_well(tmp_path: Path, corpus: str
     assert run_distributed(train_until, 2, arguments, 2, timeout=240) == [0, 0]
     step = open_checkpoint(tmp_path / "run").step
     assert 3 <= step <= 5, "saved as soon as the ranks agreed"
+
+
+def test_sigterm_to_the_command_saves_and_exits_0(tmp_path: Path, corpus: str) -> None:
+    """As a batch system does it: `occult train`, DeepSpeed's launcher and the ranks in processes of their own."""
+    run = tmp_path / "run"
+    settings = [*SMALL, f"data.path={corpus}", "train.steps=100000", f"output={run}"]
+    command = [sys.executable, "-m", "occult_train.launcher.cli", "train", *settings]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not (run / "log.jsonl").exists() or not records(run):
+            assert process.poll() is None, (tmp_path / "out").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, (tmp_path / "out").read_text()
+    finally:
+        process.kill()
+    checkpoint = open_checkpoint(run)
+    assert checkpoint.step == records(run)[-1]["step"] < 100000
+    for name in checkpoint.entries:
+        checkpoint.read(name)
 
 
 def test_finished_run_trains_no_further(tmp_path: Path, corpus: str) -> None:
