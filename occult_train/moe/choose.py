@@ -10,13 +10,17 @@ from torch import Tensor
 
 from occult_train.kernels.grouped_matmul import library
 from occult_train.moe.fused import MATMULS, FusedExperts, Way
-from occult_train.moe.transport import SymmetricTransport, devices_of_one_host
+from occult_train.moe.transport import HostTransport, SymmetricTransport
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
 CHUNKS = (0, 1, 2, 4)
 """What `overlap=auto` tries: no overlap; own tokens while the others' travel; and those cut in 2 or 4."""
 WARMUP, REPEATS = 2, 5
+NEEDS = {
+    "symmetric": "parallel.expert of 2 or more GPUs of one host that can all write each other's memory",
+    "host": "parallel.expert of 2 or more GPUs of one host, and 64 MB of /dev/shm for each ordered pair of them",
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,10 @@ def candidates(shape: Shape, grid: Grid, wanted: Wanted) -> list[Way]:
     transports = {
         "collective": True,
         "symmetric": several and SymmetricTransport.available(grid),
-        "host": several and bool(devices_of_one_host(grid)),
+        "host": several and HostTransport.available(grid),
     }
     if not transports.get(wanted.transport, True):
-        need = "write each other's memory" if wanted.transport == "symmetric" else "be of one host"
-        raise ValueError(f"transport={wanted.transport} needs several ranks a layer, whose GPUs can all {need}")
+        raise ValueError(f"transport={wanted.transport} needs {NEEDS[wanted.transport]}")
     names = [n for n, works in transports.items() if works and wanted.transport in ("auto", n)]
     if transports["symmetric"] and wanted.transport == "auto":
         names.remove("host")  # slower than what it stands in for
@@ -102,6 +105,8 @@ def choose(shape: Shape, grid: Grid, wanted: Wanted) -> tuple[Way, str]:
     # how rows travel hardly depends on who multiplies them, so the rest is tried with the best transport alone
     rest = [way for way in found if way not in times and (way.transport, way.chunks) == (first.transport, first.chunks)]
     times |= {way: trial.measure(way) for way in rest}
+    del trial
+    torch.cuda.empty_cache()
     best = min(times, key=lambda way: times[way])
     listed = ", ".join(f"{_words(way)} {ms:.2f}" for way, ms in sorted(times.items(), key=lambda item: item[1]))
     return best, f"{_words(best)}: fastest, in ms forward and backward: {listed}"

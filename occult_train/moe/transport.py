@@ -5,6 +5,7 @@ positions and weights of its experts; on its way back in backward, its weight gr
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.moe.routes import Counts, Routes
 from occult_train.parallel.grid import Grid
-from occult_train.parallel.staged import HostAllToAll
+from occult_train.parallel.staged import SHARED_MEMORY, HostAllToAll, bytes_needed
 from occult_train.parallel.traffic import Traffic
 
 
@@ -79,6 +80,12 @@ def devices_of_one_host(grid: Grid) -> list[int]:
     dist.all_gather_object(found, (os.uname().nodename, torch.cuda.current_device()), group=grid.expert_group)
     one_host = len({host for host, _ in found}) == 1 and len(set(found)) == len(found)
     return [device for _, device in found] if one_host else []
+
+
+def _all_say(answer: bool, grid: Grid) -> bool:
+    answers: list[Any] = [None] * grid.expert_size
+    dist.all_gather_object(answers, answer, group=grid.expert_group)
+    return all(answers)
 
 
 def _pack(x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | None, tokens: slice) -> None:
@@ -175,6 +182,13 @@ class HostTransport(CollectiveTransport):
             _RINGS[grid.expert_group] = HostAllToAll(grid)
         self.move = _RINGS[grid.expert_group]  # type: ignore[method-assign]
 
+    @staticmethod
+    def available(grid: Grid) -> bool:
+        """Whether the group's GPUs are of one host, which has shared memory for the rings left. Collective."""
+        devices = devices_of_one_host(grid)
+        room = not devices or shutil.disk_usage(SHARED_MEMORY).free >= bytes_needed(grid.expert_size)
+        return _all_say(bool(devices) and room, grid)
+
 
 _RINGS: dict[Any, HostAllToAll] = {}
 
@@ -198,9 +212,7 @@ class SymmetricTransport:
         here = torch.cuda.current_device() if devices else -1
         allowed = os.environ.get("NCCL_P2P_DISABLE") != "1"
         reach = allowed and all(p == here or torch.cuda.can_device_access_peer(here, p) for p in devices)
-        answers: list[Any] = [None] * grid.expert_size
-        dist.all_gather_object(answers, reach and bool(devices), group=grid.expert_group)
-        return all(answers)
+        return _all_say(reach and bool(devices), grid)
 
     def begin(
         self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None

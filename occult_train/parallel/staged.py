@@ -28,6 +28,7 @@ SLOT_BYTES = 8 * 2**20
 SLOTS = 8
 """Slots of a ring. 64 MB hold what a rank sends to another in most passes, so that senders seldom wait."""
 HEADER = 4096
+SHARED_MEMORY = "/dev/shm"
 WRITTEN, READ = 0, 64
 """Where the counters lie in the header."""
 
@@ -57,6 +58,11 @@ class _Ring:
         return self.pieces, slot
 
 
+def bytes_needed(size: int) -> int:
+    """Of shared memory, for all rings of a group of `size` ranks."""
+    return size * (size - 1) * (HEADER + SLOTS * SLOT_BYTES)
+
+
 class HostAllToAll:
     """`all_to_all_single` of an expert-parallel group on one host. Making one is collective over the group."""
 
@@ -70,7 +76,7 @@ class HostAllToAll:
         self._copy_async.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
         self.out, self.into = torch.cuda.Stream(), torch.cuda.Stream()
         names: list[Any] = [None] * self.size
-        dist.all_gather_object(names, f"/dev/shm/occult-{os.getpid()}-{id(self)}", group=group)
+        dist.all_gather_object(names, f"{SHARED_MEMORY}/occult-{os.getpid()}-{id(self)}", group=group)
         peers = [p for p in range(self.size) if p != self.rank]
         for peer in peers:
             Path(f"{names[self.rank]}-{peer}").write_bytes(bytes(HEADER + SLOTS * SLOT_BYTES))

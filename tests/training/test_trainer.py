@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import records, train
+from small_runs import SMALL, records, train
 from torch.nn import functional as F
 
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
