@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from occult_train.config import Config
-from occult_train.engine import build_engine, runtime, set_learning_rate
+from occult_train.engine import build_engine, choose_way, runtime, set_learning_rate
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT
 from occult_train.parallel import zero
@@ -140,12 +140,16 @@ class Case:
     precision: str = "fp32"
     checkpointing: str = "none"
     tuning: str = "default"
+    backend: str = "reference"
+    overlap: str = "none"
+    """Of the fused backend: none, or how many chunks of tokens travel while others are computed."""
 
     def __str__(self) -> str:
         words = [self.problem, f"{self.world}ranks", self.dispatcher, f"ep{self.expert}", f"zero{self.stage}"]
         words += [f"acc{self.accumulation}", self.placement]
         words += [self.precision] * (self.precision != "fp32")
         words += ["selective"] * (self.checkpointing != "none") + [self.tuning] * (self.tuning != "default")
+        words += [self.backend] * (self.backend != "reference") + [f"overlap{self.overlap}"] * (self.overlap != "none")
         return "-".join(words)
 
 
@@ -219,6 +223,16 @@ EXTREME = [
     *two_ranks("one_token", BOTH, (0, 1, 2, 3)),
     *(Case(4, dispatcher, stage, 2, problem="apart") for dispatcher in BOTH for stage in range(4)),
 ]
+FUSED = [
+    Case(2, "dedup", stage, 2, 1, "permuted", "short", checkpointing=checkpointing, backend="fused", overlap=overlap)
+    for stage, checkpointing, overlap in (
+        (1, "none", "none"),
+        (1, "selective", "2"),
+        (3, "none", "2"),
+        (3, "selective", "none"),
+    )
+]
+"""Few, as kernels are interpreted here; tests/moe/test_fused.py has the fused layer's own cases."""
 BF16 = [
     *two_ranks("short", ("dedup",), (1, 2, 3), precision="bf16"),
     *two_ranks("short_one_device", BOTH, (1,), precision="bf16"),
@@ -281,6 +295,7 @@ def configure(case: Case, folder: Path) -> Config:
     config.parallel.expert, config.zero.stage = case.expert, case.stage
     config.moe.dispatcher, config.moe.balance, config.moe.bias_update_rate = case.dispatcher, problem.balance, BIAS_RATE
     config.moe.aux_loss_scope, config.moe.aux_loss_coef, config.moe.z_loss_coef = problem.scope, AUX, Z
+    config.moe.backend, config.moe.transport, config.moe.overlap = case.backend, "collective", case.overlap
     config.train.micro_batch_size = problem.micro_batch
     config.train.global_batch_size = problem.micro_batch * case.world * case.accumulation
     config.train.precision, config.train.activation_checkpointing = case.precision, case.checkpointing
@@ -327,7 +342,9 @@ class Run:
         self.problem = PROBLEMS[case.problem]
         config = configure(case, folder)
         self.grid = Grid.create(case.expert)
-        self.model = GPT(config.model, runtime(config, self.grid))
+        self.model = GPT(config.model, runtime(config, self.grid, choose_way(config, self.grid)[0]))
+        for moe in self.model.moe_layers().values():
+            assert (moe.fused is not None) == (case.backend == "fused")
         weights = initial_weights(self.problem)
         names = dict(self.model.named_parameters())
         assert names.keys() == weights.keys()
@@ -515,7 +532,7 @@ def plain_bf16_error(problem: str) -> float:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", EXACT, ids=str)
+@pytest.mark.parametrize("case", [*EXACT, *FUSED], ids=str)
 def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> None:
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
