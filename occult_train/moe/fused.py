@@ -81,7 +81,9 @@ class FusedExperts:
             ValueError: shapes or types that do not belong together.
         """
         self._check(x_TH, slots_TK, weights_TK, w1, w2, w3)
-        return _Fused.apply(x_TH.contiguous(), weights_TK.float().contiguous(), w1, w2, w3, slots_TK.contiguous(), self)
+        inputs = (x_TH.contiguous(), weights_TK.float().contiguous(), w1, w2, w3)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        return _Fused.apply(*inputs, slots_TK.contiguous(), self, keep)
 
     def _check(self, x: Tensor, slots: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
         local, width, hidden = w1.shape
@@ -100,10 +102,17 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, slots: Tensor, layer: FusedExperts
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+        slots: Tensor,
+        layer: FusedExperts,
+        keep: bool,
     ) -> Tensor:
         routes = find_routes(slots, layer.grid, layer.num_experts, layer.way.chunks)
-        keep = any(ctx.needs_input_grad)
         forward = Forward(layer, routes, x, weights, (w1, w2, w3), keep)
         y = forward.run()
         ctx.save_for_backward(x, weights, w1, w2, w3)
@@ -116,4 +125,4 @@ class _Fused(torch.autograd.Function):
             raise RuntimeError("the fused layer frees what it keeps as backward uses it, so backward runs only once")
         kept, ctx.kept = ctx.kept, None
         backward = Backward(ctx.steps, ctx.saved_tensors, kept, dy.contiguous(), ctx.needs_input_grad)
-        return (*backward.run(), None, None)  # slots, layer
+        return (*backward.run(), None, None, None)  # slots, layer, keep

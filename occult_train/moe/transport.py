@@ -291,6 +291,8 @@ class SymmetricBox:
 
     address_D: Tensor
     """[D] int64, where it begins in each device's memory, as seen from here."""
+    grain = 2**20
+    """Bytes of which its size is a multiple."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -316,7 +318,7 @@ class SymmetricBox:
             dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.grid.expert_group)
             nbytes = int(wanted)
         if nbytes > self.nbytes:
-            self._grow(-(-nbytes // 2**20) * 2**20)
+            self._grow(-(-nbytes // self.grain) * self.grain)
 
     def _grow(self, nbytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
