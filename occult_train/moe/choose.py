@@ -74,6 +74,8 @@ def candidates(shape: Shape, grid: Grid, wanted: Wanted) -> list[Way]:
         for c in chunks
         if c == 0 or (several and name != "symmetric")
     ]
+    if not found and not several:
+        raise ValueError(f"overlap={wanted.overlap} needs several ranks a layer: on one, nothing travels")
     if not found:
         raise ValueError(f"transport={wanted.transport} moves all rows at once; overlap={wanted.overlap} was asked for")
     return found

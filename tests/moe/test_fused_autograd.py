@@ -118,6 +118,13 @@ def test_recomputing_gives_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
+def test_backward_runs_once() -> None:
+    run = Run(layer_of(ONE), ONE, 0)
+    run.y.backward(run.dy, retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs only once"):
+        run.y.backward(run.dy)
+
+
 def test_a_compiled_module_around_it_runs() -> None:
     layer = layer_of(ONE)
 
