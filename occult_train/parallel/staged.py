@@ -63,29 +63,84 @@ def bytes_needed(size: int) -> int:
     return size * (size - 1) * (HEADER + SLOTS * SLOT_BYTES)
 
 
+class Driver:
+    """What the GPU's own queues do in order, each call asynchronous: the three calls of the CUDA driver."""
+
+    def __init__(self) -> None:
+        driver = ctypes.CDLL("libcuda.so.1")
+        self._wait, self._write = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
+        for function in (self._wait, self._write):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        self._copy = driver.cuMemcpyAsync
+        self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+
+    def wait(self, stream: int, address: int, value: int) -> None:
+        """Wait for a counter that is at least the value, cyclic: it may wrap."""
+        _checked(self._wait(stream, address, value % 2**32, 0))
+
+    def write(self, stream: int, address: int, value: int) -> None:
+        """Set a counter, after all that came before in the stream."""
+        _checked(self._write(stream, address, value % 2**32, 0))
+
+    def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
+        """Copy between host and device memory."""
+        _checked(self._copy(target, source, nbytes, stream))
+
+
+@dataclass
+class Rings:
+    """The rings of one rank by peer, and the order in which they are used."""
+
+    rank: int
+    size: int
+    sends: dict[int, _Ring]
+    receives: dict[int, _Ring]
+    driver: Any
+    """A `Driver`."""
+
+    def exchange(self, out: int, into: int, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        """Send and receive, on a stream each: address and bytes for and from each rank."""
+        for step in range(1, self.size):
+            to, sender = (self.rank + step) % self.size, (self.rank - step) % self.size
+            self._send(out, self.sends[to], *outs[to])
+            self._receive(into, self.receives[sender], *ins[sender])
+
+    def _send(self, stream: int, ring: _Ring, address: int, nbytes: int) -> None:
+        """Copy memory out through the ring; piece n waits until piece n - SLOTS has been read."""
+        for start in range(0, nbytes, SLOT_BYTES):
+            number, slot = ring.next()
+            self.driver.wait(stream, ring.read, number - SLOTS)
+            self.driver.copy(stream, slot, address + start, min(SLOT_BYTES, nbytes - start))
+            self.driver.write(stream, ring.written, number)
+
+    def _receive(self, stream: int, ring: _Ring, address: int, nbytes: int) -> None:
+        """Copy memory in through the ring."""
+        for start in range(0, nbytes, SLOT_BYTES):
+            number, slot = ring.next()
+            self.driver.wait(stream, ring.written, number)
+            self.driver.copy(stream, address + start, slot, min(SLOT_BYTES, nbytes - start))
+            self.driver.write(stream, ring.read, number)
+
+
 class HostAllToAll:
     """`all_to_all_single` of an expert-parallel group on one host. Making one is collective over the group."""
 
     def __init__(self, grid: Grid) -> None:
-        self.rank, self.size, group = grid.expert_rank, grid.expert_size, grid.expert_group
-        driver = ctypes.CDLL("libcuda.so.1")
-        self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
-        for function in (self._wait_value, self._write_value):
-            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-        self._copy_async = driver.cuMemcpyAsync
-        self._copy_async.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+        rank, size, group = grid.expert_rank, grid.expert_size, grid.expert_group
+        driver = Driver()
         self.out, self.into = torch.cuda.Stream(), torch.cuda.Stream()
-        names: list[Any] = [None] * self.size
+        names: list[Any] = [None] * size
         dist.all_gather_object(names, f"{SHARED_MEMORY}/occult-{os.getpid()}-{id(self)}", group=group)
-        peers = [p for p in range(self.size) if p != self.rank]
+        peers = [p for p in range(size) if p != rank]
         for peer in peers:
-            Path(f"{names[self.rank]}-{peer}").write_bytes(bytes(HEADER + SLOTS * SLOT_BYTES))
+            Path(f"{names[rank]}-{peer}").write_bytes(bytes(HEADER + SLOTS * SLOT_BYTES))
         dist.barrier(group)
-        self._sends = {peer: _Ring(_pinned(f"{names[self.rank]}-{peer}")) for peer in peers}
-        self._receives = {peer: _Ring(_pinned(f"{names[peer]}-{self.rank}")) for peer in peers}
+        sends = {peer: _Ring(_pinned(f"{names[rank]}-{peer}")) for peer in peers}
+        receives = {peer: _Ring(_pinned(f"{names[peer]}-{rank}")) for peer in peers}
+        self._rings = Rings(rank, size, sends, receives, driver)
         dist.barrier(group)
         for peer in peers:  # the mappings keep the memory; nothing is left behind if the job dies
-            Path(f"{names[self.rank]}-{peer}").unlink()
+            Path(f"{names[rank]}-{peer}").unlink()
 
     def __call__(self, target: Tensor, source: Tensor, arrives: list[int], sends: list[int]) -> Transfer:
         """Start to send rows to and receive rows from each rank; asynchronous to the current stream.
@@ -100,29 +155,8 @@ class HostAllToAll:
         source.record_stream(self.out)
         target.record_stream(self.into)
         outs, ins = _spans(source, sends), _spans(target, arrives)
-        for step in range(1, self.size):
-            to, sender = (self.rank + step) % self.size, (self.rank - step) % self.size
-            self._send(self._sends[to], *outs[to])
-            self._receive(self._receives[sender], *ins[sender])
+        self._rings.exchange(self.out.cuda_stream, self.into.cuda_stream, outs, ins)
         return Transfer(self.into.record_event())
-
-    def _send(self, ring: _Ring, address: int, nbytes: int) -> None:
-        """Copy memory out through the ring; piece n waits until piece n - SLOTS has been read."""
-        stream = self.out.cuda_stream
-        for start in range(0, nbytes, SLOT_BYTES):
-            number, slot = ring.next()
-            _checked(self._wait_value(stream, ring.read, (number - SLOTS) % 2**32, 0))
-            _checked(self._copy_async(slot, address + start, min(SLOT_BYTES, nbytes - start), stream))
-            _checked(self._write_value(stream, ring.written, number % 2**32, 0))
-
-    def _receive(self, ring: _Ring, address: int, nbytes: int) -> None:
-        """Copy memory in through the ring. Waiting is for a counter that is at least the value, cyclic: it may wrap."""
-        stream = self.into.cuda_stream
-        for start in range(0, nbytes, SLOT_BYTES):
-            number, slot = ring.next()
-            _checked(self._wait_value(stream, ring.written, number % 2**32, 0))
-            _checked(self._copy_async(address + start, slot, min(SLOT_BYTES, nbytes - start), stream))
-            _checked(self._write_value(stream, ring.read, number % 2**32, 0))
 
 
 def _checked(status: int) -> None:
