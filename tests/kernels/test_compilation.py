@@ -1,4 +1,4 @@
-"""The matmul kernels compile for GPUs with and without tensor memory accelerator, onto their tensor cores."""
+"""Kernels compile for GPUs that are not here: matmuls onto their tensor cores, movers of rows with wide accesses."""
 
 import json
 import os
@@ -16,10 +16,10 @@ STACK = {90: 16, 80: 64}
 """Bytes a thread may spill: a few addresses, none of a tile's values."""
 
 
-def compile_kernels(*args: str) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("compile_kernels.py")
+def compile_kernels(*args: str, script: str = "compile_kernels.py") -> list[dict[str, Any]]:
+    path = Path(__file__).with_name(script)
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    run = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run([sys.executable, path, *args], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
@@ -51,3 +51,19 @@ def test_all_settings() -> None:
     assert {kernel["capability"] for kernel in found} == {80, 90}
     for kernel in found:
         check(kernel)
+
+
+def test_row_kernels_access_16_bytes_at_a_time_and_spill_nothing() -> None:
+    """Also where rows are written into other devices' memory, whose addresses the compiler does not see."""
+    found = compile_kernels(script="compile_rows.py")
+    assert {kernel["capability"] for kernel in found} == {80, 90}
+    for kernel in found:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["narrow"] == 0, kernel
+        if kernel["moves rows"]:
+            assert kernel["wide loads"] >= 2, kernel
+            assert kernel["wide stores"] >= 2, kernel
+    stores = {kernel["name"]: kernel["wide stores"] for kernel in found if kernel["capability"] == 90}
+    assert stores["expand"] == 2 * 8  # 4 warps move 2048 values of 2 bytes, to 8 places
+    assert stores["pack"] == stores["pack, peers"] == 2 * 2
+    assert stores["merge"] == stores["merge, peers"] == 2

@@ -53,15 +53,15 @@ class Problem:
 
 
 PROBLEMS = {
-    "one rank": Problem((7,), 6, 3),
-    "a rank without tokens": Problem((0, 7), 8, 3),
+    "one rank": Problem((5,), 6, 3),
+    "a rank without tokens": Problem((0, 3), 8, 3),
     "no tokens at all": Problem((0, 0), 8, 3),
-    "primes": Problem((5, 11), 8, 3),
-    "several chunks": Problem((3, 67), 8, 2),
-    "one device": Problem((9, 3), 8, 4, "last device"),
-    "all experts": Problem((5, 3), 6, 6),
-    "four ranks": Problem((5, 0, 11, 3), 8, 3),
-    "one expert a rank": Problem((3, 7, 5, 2), 4, 2),
+    "primes": Problem((3, 5), 8, 3),
+    "several chunks": Problem((2, 65), 8, 2),
+    "one device": Problem((5, 2), 8, 4, "last device"),
+    "all experts": Problem((3, 2), 6, 6),
+    "four ranks": Problem((3, 0, 5, 2), 8, 3),
+    "one expert a rank": Problem((3, 4, 1, 2), 4, 2),
 }
 """The interpreter takes a millisecond for each row of each step, so only one has more tokens than a chunk's least."""
 LARGE = {

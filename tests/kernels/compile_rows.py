@@ -1,0 +1,141 @@
+"""Compiles the kernels that index, move and transform rows for GPUs that need not be here; a JSON object a line each.
+
+A process of its own, because in the interpreter, where tests on CPUs run, nothing can be compiled.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from compile_kernels import _usage
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from occult_train.kernels.movers import kernel as movers
+from occult_train.kernels.positions import kernel as positions
+from occult_train.kernels.rotary import kernel as rotary
+from occult_train.kernels.swiglu import kernel as swiglu
+
+TYPES = {
+    **dict.fromkeys(("x", "out", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
+    **dict.fromkeys(("weight", "weight_X", "scalar", "scalars", "cos", "sin"), "*fp32"),
+    **dict.fromkeys(("slots", "address"), "*i64"),
+    **dict.fromkeys(("position", "own", "send", "sends", "shift", "arrive", "words", "out_words"), "*i32"),
+    **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back"), "*i32"),
+}
+"""Of parameters by name; all others are int32 numbers."""
+ODD = ("start", "capacity", "T", "S", "sign", "p_stride", "w_stride", "words_stride", "first_word")
+"""Numbers of which the compiler may not know that they are multiples of 16."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants; parameters in `none` are not given."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    none: tuple[str, ...] = ()
+    warps: int = 4
+    wide: bool = False
+    """Moves rows, so all its rows go 16 bytes a thread."""
+
+
+ROW = {"K": 8, "BH": 2048}
+LOCAL, PEERS = ("address", "shift", "arrive"), ("out", "out_words")
+NO_EXTRAS = ("position", "slots", "weight")
+PACK = {"D": 2, "KP": 8, "L": 32, **ROW}
+SUM = {"KP": 8, **ROW}
+LAYOUT = {"RANK": 1, "DP": 4, "LP": 16}
+VARIANTS = [
+    Variant("count", positions._count_kernel, {"K": 8, "E": 64, "D": 2, "EP": 64, "DP": 2, "B": 64}),
+    Variant("layout", positions._layout_kernel, LAYOUT | {"C": 1, "E": 64, "D": 4, "SPLIT": False}),
+    Variant("layout, chunks", positions._layout_kernel, LAYOUT | {"C": 4, "E": 60, "D": 4, "SPLIT": True}),
+    Variant("positions", positions._positions_kernel, {"RANK": 1, "K": 8, "E": 64, "D": 2, "EP": 64, "DP": 2, "B": 64}),
+    Variant(
+        "positions, many experts",
+        positions._positions_kernel,
+        {"RANK": 1, "K": 6, "E": 256, "D": 32, "EP": 256, "DP": 32, "B": 16},
+    ),
+    Variant("expand", movers._expand_kernel, ROW | {"WEIGHTS": False}, ("weight", "weight_X"), wide=True),
+    Variant("expand, weights", movers._expand_kernel, ROW | {"WEIGHTS": True}, wide=True),
+    Variant("pack", movers._pack_kernel, PACK | {"PEERS": False, "EXTRAS": False}, (*LOCAL[:2], *NO_EXTRAS), wide=True),
+    Variant("pack, extras", movers._pack_kernel, PACK | {"PEERS": False, "EXTRAS": True}, LOCAL[:2], wide=True),
+    Variant("pack, peers", movers._pack_kernel, PACK | {"PEERS": True, "EXTRAS": False}, PEERS + NO_EXTRAS, wide=True),
+    Variant("pack, peers, extras", movers._pack_kernel, PACK | {"PEERS": True, "EXTRAS": True}, PEERS, wide=True),
+    Variant(
+        "merge",
+        movers._merge_kernel,
+        SUM | {"D": 0, "TWO": False, "WEIGHTS": True, "PEERS": False, "EXTRAS": False},
+        (*LOCAL, "scalar"),
+        wide=True,
+    ),
+    Variant(
+        "merge, peers",
+        movers._merge_kernel,
+        SUM | {"D": 2, "TWO": False, "WEIGHTS": True, "PEERS": True, "EXTRAS": False},
+        (*PEERS, "scalar"),
+        wide=True,
+    ),
+    Variant(
+        "merge, two, scalars, peers",
+        movers._merge_kernel,
+        SUM | {"D": 2, "TWO": True, "WEIGHTS": False, "PEERS": True, "EXTRAS": True},
+        (*PEERS, "weight"),
+        wide=True,
+    ),
+    Variant(
+        "combine",
+        movers._combine_kernel,
+        SUM | {"D": 2, "L": 1, "TWO": False, "WEIGHTS": True, "AWAY": True, "EXTRAS": False},
+        ("scalar", "slots", "scalars"),
+        wide=True,
+    ),
+    Variant(
+        "combine, two, scalars",
+        movers._combine_kernel,
+        SUM | {"D": 2, "L": 32, "TWO": True, "WEIGHTS": False, "AWAY": True, "EXTRAS": True},
+        ("weight",),
+        wide=True,
+    ),
+    Variant(
+        "combine, alone",
+        movers._combine_kernel,
+        SUM | {"D": 1, "L": 64, "TWO": True, "WEIGHTS": False, "AWAY": False, "EXTRAS": True},
+        ("weight", "returned", "words"),
+        wide=True,
+    ),
+    Variant("swiglu", swiglu._forward_kernel, {"BF": 1024}, warps=2, wide=True),
+    Variant("swiglu, backward", swiglu._backward_kernel, {"BF": 1024}, warps=2, wide=True),
+    Variant("rotary", rotary._rotate_kernel, {"N": 16, "NP": 16, "HALF": 64, "HP": 64}),
+]
+ACCESS = re.compile(r"\b(ld|st)\.global\S*?\.(v4\.[bu]32|(?:v2\.)?[bu]16)\b")
+
+
+def compile_one(variant: Variant, capability: int) -> dict[str, Any]:
+    """What the machine code uses, and how it reads and writes rows: 16 bytes at a time, or 2 or 4."""
+    function = variant.kernel.function
+    constants = variant.constants | dict.fromkeys(variant.none)
+    types = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in function.arg_names}
+    aligned = [i for i, n in enumerate(function.arg_names) if types[n] != "constexpr" and n not in ODD]
+    source = ASTSource(function, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    accesses = ACCESS.findall(compiled.asm["ptx"])
+    return {
+        "name": variant.name,
+        "capability": capability,
+        "moves rows": variant.wide,
+        "wide loads": sum(kind == "ld" and width.startswith("v4") for kind, width in accesses),
+        "wide stores": sum(kind == "st" and width.startswith("v4") for kind, width in accesses),
+        "narrow": sum("16" in width for _, width in accesses),
+        **_usage(compiled.asm["cubin"]),
+    }
+
+
+if __name__ == "__main__":
+    for each in VARIANTS:
+        for card in (90, 80):
+            print(json.dumps(compile_one(each, card)), flush=True)
