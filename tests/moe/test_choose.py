@@ -12,7 +12,7 @@ from occult_train.kernels.grouped_matmul import library
 from occult_train.moe import choose
 from occult_train.moe.choose import CHUNKS, Shape, Wanted, candidates
 from occult_train.moe.fused import Way
-from occult_train.moe.transport import SymmetricTransport
+from occult_train.moe.transport import HostTransport, SymmetricTransport
 from occult_train.parallel.grid import Grid
 
 SHAPE = Shape(64, 32, 8, 2, 16, torch.bfloat16)
@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def is_like(peers: bool, one_host: bool, has_library: bool) -> None:
         monkeypatch.setattr(SymmetricTransport, "available", staticmethod(lambda grid: peers))
-        monkeypatch.setattr(choose, "devices_of_one_host", lambda grid: [0, 1] if one_host else [])
+        monkeypatch.setattr(HostTransport, "available", staticmethod(lambda grid: one_host))
         monkeypatch.setattr(library, "supported", lambda *args: has_library)
 
     return is_like
@@ -76,9 +76,9 @@ def test_candidates_of_all_settings(
 
 def test_errors_say_what_was_asked_for(machine: Machine) -> None:
     machine(False, False, False)
-    with pytest.raises(ValueError, match=r"transport=symmetric needs several ranks.*write each other's memory"):
+    with pytest.raises(ValueError, match=r"transport=symmetric needs parallel.expert of 2 .*write each other's memory"):
         candidates(SHAPE, TWO, Wanted(transport="symmetric"))
-    with pytest.raises(ValueError, match=r"transport=host needs several ranks.*be of one host"):
+    with pytest.raises(ValueError, match=r"transport=host needs parallel.expert of 2 .*of one host, and 64 MB"):
         candidates(SHAPE, TWO, Wanted(transport="host"))
     with pytest.raises(ValueError, match=r"matmul=library does not take torch.bfloat16 of widths \(64, 32\)"):
         candidates(SHAPE, TWO, Wanted(matmul="library"))
@@ -114,6 +114,7 @@ def trial(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Any:
     """On a machine with a GPU and everything."""
     machine(False, True, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def take(milliseconds: Callable[[Way], float]) -> Trial:
         made = Trial(milliseconds)

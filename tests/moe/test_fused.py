@@ -5,6 +5,9 @@ the same kernels through the same address tables.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fused_problems import LARGE, PROBLEMS, MappedBox, Problem, Run, check_values
+from torch import Tensor
 
 from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.transport import SymmetricTransport
@@ -33,6 +37,32 @@ Case = tuple[str, Way, bool]
 """A problem, how it is computed, and whether the pre-activations are recomputed."""
 
 
+@dataclass(frozen=True)
+class Entered:
+    """What one all-to-all was given."""
+
+    rows: int
+    own_rows: int
+    nbytes: int
+
+
+@contextmanager
+def entering(grid: Grid) -> Iterator[list[Entered]]:
+    """Note every all-to-all that really happens."""
+    calls: list[Entered] = []
+    original = dist.all_to_all_single
+
+    def record(target: Tensor, source: Tensor, arrives: list[int], sends: list[int], **kwargs: Any) -> Any:
+        calls.append(Entered(sum(sends), sends[grid.expert_rank], source.numel() * source.element_size()))
+        return original(target, source, arrives, sends, **kwargs)
+
+    dist.all_to_all_single = record
+    try:
+        yield calls
+    finally:
+        dist.all_to_all_single = original
+
+
 def rank_runs(rank: int, cases: list[Case], problems: dict[str, Problem], dtype: torch.dtype, folder: Path) -> Any:
     """Each case on this rank: its outputs, gradients and traffic."""
     cuda = dist.get_backend() == "nccl"
@@ -43,9 +73,19 @@ def rank_runs(rank: int, cases: list[Case], problems: dict[str, Problem], dtype:
     for name, way, recompute in cases:
         traffic = Traffic()
         layer = FusedExperts(grid, problems[name].experts, traffic, way, recompute)
-        run = Run(layer, problems[name], rank, dtype, f"cuda:{rank}" if cuda else "cpu")
-        answers.append((run.backward(), traffic))
+        with entering(grid) as entered:
+            got = Run(layer, problems[name], rank, dtype, f"cuda:{rank}" if cuda else "cpu").backward()
+        if way.transport == "collective":
+            check_entered(entered, traffic)
+        answers.append((got, traffic))
     return answers
+
+
+def check_entered(entered: list[Entered], traffic: Traffic) -> None:
+    """The counters tell what the collectives were given, and that is no row of one's own."""
+    assert sum(call.rows for call in entered) == sum(traffic.rows_sent.values())
+    assert sum(call.nbytes for call in entered) == sum(traffic.bytes_sent.values())
+    assert not any(call.own_rows for call in entered)
 
 
 def check_traffic(problem: Problem, rank: int, traffic: Traffic) -> None:
