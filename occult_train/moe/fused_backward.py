@@ -66,14 +66,13 @@ class Backward:
         """Steps 2 and 3. Returns the gradients [X] of the segment's weights."""
         steps, here = self.steps, slice(segment.start, segment.end)
         assert self.rows_XH is not None
+        activations = None if steps.recompute else (self.kept.pop(0), self.kept.pop(0))
         arrived = None if segment.chunk is None else self.kept.pop(0)
         self.arrived.append(arrived)
         sources = steps.sources(segment, self.x, self.weights, arrived)
         rows_XH = self.rows_XH[here]
-        if steps.recompute:
-            gate, up = steps.gate_up(steps.expand(sources, segment, rows_XH), self.w1, self.w3, g)
-        else:
-            gate, up = self.kept.pop(0), self.kept.pop(0)
+        if activations is None:
+            activations = steps.gate_up(steps.expand(sources, segment, rows_XH), self.w1, self.w3, g)
         dy_rows = [self.dy] if segment.own else []
         if segment.chunk is not None:
             dy_rows.append(self.out.values(self.exchange.arrived(segment.chunk)))
@@ -82,7 +81,7 @@ class Backward:
         steps.expand(dy_sources, segment, rows_XH, weight_X)
         grad = steps.matmul.nn(rows_XH, self.w2, steps.routes.layout.relative_GL[g])
         weighted = grad if self.weighted_XF is None else self.weighted_XF[here]
-        swiglu.backward(gate, up, grad, weight_X, self.both_X2F[here], weighted, scalar_X)
+        swiglu.backward(*activations, grad, weight_X, self.both_X2F[here], weighted, scalar_X)
         if self.single:
             self.weighted_XF = weighted
         return scalar_X

@@ -31,7 +31,7 @@ class Forward:
         self.w1, self.w2, self.w3 = experts
         self.out, self.back = (Wire(x.shape[1], weights.shape[1], x.dtype, extras) for extras in (EXTRAS, 0))
         self.kept: list[Tensor] = []
-        """For backward: of each segment the rows that arrived, then the pre-activations, unless recomputed."""
+        """For backward: of each segment the pre-activations, unless recomputed, then the rows that arrived."""
         self.own_y: list[Tensor] = []
 
     def run(self) -> Tensor:
@@ -78,8 +78,7 @@ class Forward:
     def _give_back(self, segment: Segment, arrived: Tensor, y_XH: Tensor) -> None:
         """Step 4."""
         if self.keep:  # first: once all have given back, peers may overwrite shared memory
-            place = len(self.kept) - (0 if self.layer.recompute else 2)
-            self.kept.insert(place, arrived.clone() if self.exchange.shared else arrived)
+            self.kept.append(arrived.clone() if self.exchange.shared else arrived)
         assert segment.chunk is not None
         position, weight = self.out.extra(arrived, 0, torch.int32), self.out.extra(arrived, 1, torch.float32)
         self.exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight), self.back)
