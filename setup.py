@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="DeepSpeed trainer for mixture-of-experts GPTs: one copy of a token per device, not per expert",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=find_namespace_packages(include=["occult_train", "occult_train.*"]),
     install_requires=[
         "deepspeed==0.19.8",
