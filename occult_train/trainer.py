@@ -59,6 +59,8 @@ class Trainer:
         self.model = self.engine.module
         self.accumulation = config.accumulation_steps(self.grid.world_size)
         self.step, self.consumed = 0, 0
+        self.norm: float | None = None
+        """Gradient norm of the last step at stage 0; at other stages DeepSpeed knows it."""
         resolved = configs.to_yaml(config)
         self.monitor = Monitor(self.output, self.engine.monitor, self.grid.rank, config.train.steps, resolved)
         row_bytes = config.model.hidden_size * _ROW_BYTES[config.train.precision]
@@ -101,7 +103,12 @@ class Trainer:
         self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}")
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment. Collective."""
+        """Write a checkpoint of this moment. Collective.
+
+        Raises:
+            TrainingDiverged: on every rank if the last step's gradients were not numbers, as then the weights are not.
+        """
+        self._check_finite()
         state = {"consumed_samples": self.consumed, "seed": self.config.train.seed}
         started = time.perf_counter()
         yaml = configs.to_yaml(self.config)
@@ -109,6 +116,14 @@ class Trainer:
         folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep)
         self.monitor.say(f"step {self.step}: saved {folder} in {time.perf_counter() - started:.1f} s")
         return folder
+
+    def _check_finite(self) -> None:
+        norm = self.engine.get_global_grad_norm() if self.norm is None else self.norm
+        if self.config.train.precision == "fp16" or norm is None:  # fp16 steps that overflow are skipped
+            return
+        if not math.isfinite(float(norm)):
+            text = f"the gradient norm is {float(norm)} at step {self.step}, which is not saved"
+            raise TrainingDiverged(f"{text}; the last checkpoint is untouched")
 
     # ---------------------------------------------------------------- the loop
 
@@ -161,7 +176,7 @@ class Trainer:
             if logged:
                 self.meter.add(self.model.last_losses)
             self.engine.backward(loss)
-            norm = self._clip_at_stage_0()
+            self.norm = self._clip_at_stage_0()
             self.engine.step()
         self.step += 1
         set_step(self.step)
@@ -169,7 +184,7 @@ class Trainer:
         loads = self.model.finish_step()
         self.monitor.advance(self.step)
         if logged:
-            self._log(norm, rate, loads)
+            self._log(rate, loads)
         if _due(self.step, self.config.monitor.histogram_interval):
             self.monitor.histograms(self.step, list(self.model.moe_layers()), loads)
 
@@ -178,7 +193,7 @@ class Trainer:
             return None
         return zero.clip_stage_0(self.engine, self.grid, self.config.train.gradient_clipping)
 
-    def _log(self, norm: float | None, rate: float, loads: Tensor) -> None:
+    def _log(self, rate: float, loads: Tensor) -> None:
         loss, layers = self.meter.finish(loads)
         now, (since, consumed) = time.perf_counter(), self._clock
         self._clock = (now, self.consumed)
@@ -186,7 +201,7 @@ class Trainer:
         speed = (self.consumed - consumed) * length / max(now - since, 1e-9)
         peak = peak_flops()
         flops = 3 * self.config.model.flops_per_token(length) * speed / self.grid.world_size
-        grad_norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
+        grad_norm = float(self.engine.get_global_grad_norm()) if self.norm is None else self.norm
         self.monitor.step(
             StepRecord(
                 step=self.step,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.inference import load_model
-from occult_train.testing import run_distributed
+from occult_train.testing import RankError, run_distributed
 
 
 def assert_same(left: Checkpoint, right: Checkpoint) -> None:
@@ -184,3 +184,15 @@ def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(tmp_pat
     run_distributed(train, 1, back, timeout=240)
     assert [record["step"] for record in records(run)] == [3, 3, 4, 4]
     assert load_model(open_checkpoint(base)).config == load_model(open_checkpoint(run)).config
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_weights_that_are_no_numbers_are_not_saved(stage: int, tmp_path: Path, corpus: str) -> None:
+    """The first step throws the weights far off; what follows is not finite, and no log line would have told."""
+    settings = [f"data.path={corpus}", f"output={tmp_path}/run", f"zero.stage={stage}", "train.steps=9"]
+    settings += ["optimizer.lr=1e30", "scheduler.warmup_steps=0", "checkpoint.interval=1", "monitor.interval=100"]
+    with pytest.raises(RankError, match=r"gradient norm is (nan|inf) at step [23], which is not saved"):
+        run_distributed(train, 2, settings, timeout=240)
+    saved = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved in (["step-00000001"], ["step-00000001", "step-00000002"])
+    assert open_checkpoint(tmp_path / "run" / "checkpoints" / saved[-1]).step == len(saved)
