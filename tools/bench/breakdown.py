@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 COMMUNICATION = re.compile(r"nccl|barrier|symm|memcpy (htod|dtoh)", re.IGNORECASE)
 MATMUL = re.compile(
     r"gemm|grouped|cutlass|wgmma|nvjet|xmma|matmul|scatter2scatter|groupxty|_sdd|_dsd|_dds"
-    r"|rows_kernel|outer_kernel|swiglu_kernel|^merge_kernel",
+    r"|^rows_kernel|^outer_kernel|^swiglu_kernel|^merge_kernel",
     re.IGNORECASE,
 )
 

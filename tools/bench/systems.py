@@ -11,7 +11,7 @@ from torch.distributed.nn import functional as collectives
 from torch.nn import functional as F
 
 from occult_train.errors import UserError
-from occult_train.moe.choose import Shape, Wanted, can_run_kernels, choose
+from occult_train.moe.choose import Shape, Wanted, choose
 from occult_train.moe.layer import MoELayer, MoEOptions
 from occult_train.moe.placement import Placement
 from occult_train.tools.bench.problem import Problem, Swiglu
@@ -67,7 +67,7 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         settings[name] = value if name in WAYS else read_value(value)
     wanted = Wanted(**{name: settings.pop(name) for name in WAYS if name in settings})
     note = " ".join(f"{k}={v}" for k, v in settings.items())
-    if settings.pop("backend", "fused" if can_run_kernels() else "reference") == "fused":
+    if settings.pop("backend", "fused" if problem.device.type == "cuda" else "reference") == "fused":
         tokens = problem.batches[0].x_TH.shape[0]
         sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, tokens)
         try:
