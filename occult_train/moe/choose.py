@@ -65,7 +65,7 @@ def candidates(shape: Shape, grid: Grid, wanted: Wanted) -> list[Way]:
         raise ValueError(f"transport={wanted.transport} needs {NEEDS[wanted.transport]}")
     names = [n for n, works in transports.items() if works and wanted.transport in ("auto", n)]
     if transports["symmetric"] and wanted.transport == "auto":
-        names.remove("host")  # slower than what it stands in for
+        names.remove("host")  # for GPUs that cannot reach each other's memory
     chunks = CHUNKS if wanted.overlap == "auto" else (0 if wanted.overlap == "none" else int(wanted.overlap),)
     found = [
         Way(matmul, name, c)
