@@ -33,6 +33,20 @@ class CollaborationCounts:
         return self.intra_pairs / max(self.pairs, 1.0)
 
 
+@dataclass(frozen=True)
+class LayerStatistics:
+    """How one layer's experts were chosen together: what placement is solved from. E experts, K a token, all on CPU."""
+
+    tokens: int
+    """Tokens counted."""
+    loads_E: Tensor
+    """[E] int64: times that an expert was chosen."""
+    pairs_EE: Tensor
+    """[E, E] int64, symmetric, zero diagonal: times that two experts were chosen by one token."""
+    sets_NK: Tensor
+    """[N, K] int16: a uniform sample of the tokens' whole choices, each in ascending order of expert."""
+
+
 class CollaborationMeter:
     """Sums `CollaborationCounts` of one layer while `enabled`; costs nothing otherwise."""
 
