@@ -33,15 +33,18 @@ class Peers:
 @quick
 @triton.jit
 def _expand_kernel(
-    x, position, out, weight, weight_X, start, capacity, H, x_stride, p_stride, w_stride,
-    K: tl.constexpr, WEIGHTS: tl.constexpr, BH: tl.constexpr,
+    x, position, out, weight, weight_X, arrive, start, capacity, H, x_stride, p_stride, w_stride,
+    D: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    row = tl.load(x + n * x_stride + h, mask=h < H, other=0)
+    there = n >= 0
+    if D:
+        there = n < tl.load(arrive + D - 1)
+    row = tl.load(x + n * x_stride + h, mask=h < tl.where(there, H, 0), other=0)
     for k in tl.static_range(K):
         p = tl.load(position + n * p_stride + k).to(tl.int64) - start
-        if (p >= 0) & (p < capacity):
+        if there & (p >= 0) & (p < capacity):
             tl.store(out + p * H + h, row, mask=h < H)
             if WEIGHTS:
                 if tl.program_id(1) == 0:
@@ -82,14 +85,14 @@ def _pack_kernel(
 
 @triton.jit
 def _sum_rows(
-    y, y2, position, weight, start, n, p_stride, w_stride, y_stride, h, H,
+    y, y2, position, weight, start, n, p_stride, w_stride, y_stride, h, H, y_rows,
     K: tl.constexpr, TWO: tl.constexpr, WEIGHTS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """[BH] fp32 sum over k of the rows at position[n, k]."""
+    """[BH] fp32 sum over k of the rows at position[n, k]; rows beyond the end of y are not read."""
     total = tl.zeros([BH], tl.float32)
     for k in tl.static_range(K):
         p = tl.load(position + n * p_stride + k).to(tl.int64) - start
-        there = h < tl.where(p >= 0, H, 0)
+        there = h < tl.where((p >= 0) & (p < y_rows), H, 0)
         value = tl.load(y + p * y_stride + h, mask=there, other=0).to(tl.float32)
         if TWO:
             value += tl.load(y2 + p * y_stride + h, mask=there, other=0).to(tl.float32)
@@ -103,25 +106,32 @@ def _sum_rows(
 @triton.jit
 def _merge_kernel(
     y, y2, position, weight, scalar, start, out, out_words, address, shift, arrive,
-    H, p_stride, w_stride, y_stride, out_stride, words_stride, first_word, capacity,
+    H, y_rows, p_stride, w_stride, y_stride, out_stride, words_stride, first_word, capacity,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TWO: tl.constexpr, WEIGHTS: tl.constexpr,
     PEERS: tl.constexpr, EXTRAS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     k = tl.arange(0, KP)
-    total = _sum_rows(y, y2, position, weight, start, r, p_stride, w_stride, y_stride, h, H, K, TWO, WEIGHTS, BH)
+    exists = r >= 0
+    if PEERS:
+        exists = r < tl.load(arrive + D - 1)
+    width = tl.where(exists, H, 0)
+    total = _sum_rows(
+        y, y2, position, weight, start, r, p_stride, w_stride, y_stride, h, width, y_rows, K, TWO, WEIGHTS, BH
+    )
     place = r
     rows, words = out, out_words
     if PEERS:
         d = tl.zeros([], tl.int32)
         for source in range(D):
             d += (r >= tl.load(arrive + source)).to(tl.int32)
+        d = tl.minimum(d, D - 1)
         there = tl.load(address + d)
         rows = tl.multiple_of(there.to(tl.pointer_type(y.dtype.element_ty)), 16)
         words = tl.multiple_of(there.to(tl.pointer_type(tl.int32)), 16)
         place = r + tl.load(shift + d)
-    if place < capacity:
+    if exists & (place < capacity):
         tl.store(rows + place * out_stride + h, total.to(y.dtype.element_ty), mask=h < H)
         if EXTRAS:
             if tl.program_id(1) == 0:
@@ -135,14 +145,14 @@ def _merge_kernel(
 @triton.jit
 def _combine_kernel(
     y, y2, own, weight, scalar, returned, words, send, slots, out, scalars,
-    H, y_stride, back_stride, words_stride, first_word,
+    H, y_rows, y_stride, back_stride, words_stride, first_word,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, L: tl.constexpr, TWO: tl.constexpr, WEIGHTS: tl.constexpr,
     AWAY: tl.constexpr, EXTRAS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     k = tl.arange(0, KP)
-    total = _sum_rows(y, y2, own, weight, 0, t, K, K, y_stride, h, H, K, TWO, WEIGHTS, BH)
+    total = _sum_rows(y, y2, own, weight, 0, t, K, K, y_stride, h, H, y_rows, K, TWO, WEIGHTS, BH)
     if AWAY:
         for d in range(D):
             s = tl.load(send + t * D + d).to(tl.int64)
@@ -171,9 +181,23 @@ def _grid(rows: int, hidden: int) -> tuple[int, int]:
     return rows, triton.cdiv(hidden, min(power_of_2(hidden), 2048))
 
 
+@quick
+@triton.jit
+def _share_kernel(numbers, address, offset, N, BN: tl.constexpr):
+    n = tl.arange(0, BN)
+    there = tl.load(address + tl.program_id(0)).to(tl.pointer_type(tl.int32)) + offset
+    tl.store(there + n, tl.load(numbers + n, mask=n < N, other=0), mask=n < N)
+
+
+def share(numbers: Tensor, address_D: Tensor, offset: int) -> None:
+    """Write int32 numbers into the memory of all devices, from the offset-th number after each address on."""
+    count = numbers.numel()
+    _share_kernel[(address_D.numel(),)](numbers, address_D, offset, count, BN=power_of_2(count))
+
+
 def expand(
     x_NH: Tensor, position_NK: Tensor, out_XH: Tensor, weight_NK: Tensor | None = None, weight_X: Tensor | None = None,
-    start: int = 0,
+    start: int = 0, arrive_D: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As the reference's. Rows of x may lie apart (a view of rows on the wire), positions and weights too.
 
@@ -185,10 +209,11 @@ def expand(
     if rows == 0:
         return
     _expand_kernel[_grid(rows, hidden)](
-        x_NH, position_NK, out_XH, weight_NK, weight_X, start, out_XH.shape[0], hidden,
+        x_NH, position_NK, out_XH, weight_NK, weight_X, arrive_D, start, out_XH.shape[0], hidden,
         x_NH.stride(0), position_NK.stride(0),
         0 if weight_NK is None else weight_NK.stride(0),
-        K=position_NK.shape[1], WEIGHTS=weight_X is not None, **_width(hidden),
+        D=0 if arrive_D is None else arrive_D.numel(), K=position_NK.shape[1], WEIGHTS=weight_X is not None,
+        **_width(hidden),
     )  # fmt: skip
 
 
@@ -216,7 +241,11 @@ def merge(
     weight_RK: Tensor | None = None, scalar_X: Tensor | None = None,
     start: int = 0, arrive_D: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As the reference's, into rows on the wire here or, by source (`arrive_D`), into those of other devices."""
+    """As the reference's, into rows on the wire here or, by source (`arrive_D`), into those of other devices.
+
+    Given arrive_D, rows from its last number on are not there. Positions beyond the end of `rows` count as none: the
+    caller made them before their number was known, and finds out.
+    """
     count, hidden = position_RK.shape[0], rows[0].shape[1]
     _same("width of rows", hidden, "of the wire", wire.hidden)
     if count == 0:
@@ -225,7 +254,8 @@ def merge(
     _merge_kernel[_grid(count, hidden)](
         rows[0], rows[-1], position_RK, weight_RK, scalar_X, start, local_out, _words(local_out),
         address, shift, arrive_D,
-        hidden, position_RK.stride(0), 0 if weight_RK is None else weight_RK.stride(0), rows[0].stride(0),
+        hidden, rows[0].shape[0], position_RK.stride(0), 0 if weight_RK is None else weight_RK.stride(0),
+        rows[0].stride(0),
         wire.width, wire.nbytes // 4, wire.first_word, capacity,
         D=0 if arrive_D is None else arrive_D.numel(), K=wire.top_k, KP=power_of_2(wire.top_k),
         TWO=len(rows) == 2, WEIGHTS=weight_RK is not None, PEERS=address is not None, EXTRAS=scalar_X is not None,
@@ -244,7 +274,8 @@ def combine(
     if tokens:
         _combine_kernel[_grid(tokens, hidden)](
             rows[0], rows[-1], own_TK, weight_TK, scalar_X, returned, None if returned is None else _words(returned),
-            send_TD, slots_TK, out, scalars, hidden, rows[0].stride(0), wire.width, wire.nbytes // 4, wire.first_word,
+            send_TD, slots_TK, out, scalars, hidden, rows[0].shape[0], rows[0].stride(0),
+            wire.width, wire.nbytes // 4, wire.first_word,
             D=send_TD.shape[1], K=k, KP=power_of_2(k), L=local, TWO=len(rows) == 2,
             WEIGHTS=weight_TK is not None, AWAY=returned is not None, EXTRAS=scalar_X is not None, **_width(hidden),
         )  # fmt: skip

@@ -56,9 +56,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def expand(
     x_NH: Tensor, position_NK: Tensor, out_XH: Tensor, weight_NK: Tensor | None = None, weight_X: Tensor | None = None,
-    start: int = 0,
+    start: int = 0, arrive_D: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Copy row n to out[position[n, k] - start] for each k, and weight[n, k] to weight_X there; not beyond its end."""
+    """Copy row n to out[position[n, k] - start] for each k, and weight[n, k] to weight_X there; not beyond its end.
+
+    Given arrive_D, rows from its last number on are not there.
+    """
+    if arrive_D is not None:
+        position_NK = position_NK[: int(arrive_D[-1])]
+        x_NH = x_NH[: len(position_NK)]
+        weight_NK = None if weight_NK is None else weight_NK[: len(position_NK)]
     for k in range(position_NK.shape[1]):
         there = (position_NK[:, k] >= 0) & (position_NK[:, k] - start < out_XH.shape[0])
         at = position_NK[there, k].long() - start

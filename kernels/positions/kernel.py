@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from occult_train.kernels.launching import power_of_2, quick
-from occult_train.kernels.positions.reference import BLOCK_MULTIPLE, Geometry, Layout
+from occult_train.kernels.positions.reference import BLOCK_MULTIPLE, NO_LIMIT, Geometry, Layout
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _count_kernel(
 @quick
 @triton.jit
 def _layout_kernel(
-    counts, base, send, ends, relative, put, back, arrive,
+    counts, base, send, ends, relative, put, back, arrive, room,
     RANK: tl.constexpr, C: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, LP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _layout_kernel(
             total += tl.load(counts + (d * C + c) * V + e, mask=here, other=0)
         run = tl.cumsum(total, 1) - total
         tl.store(ends + local + 0 * d, run + total, mask=mine)
-        tl.store(relative + local + 0 * d, run + total, mask=mine)
+        tl.store(relative + local + 0 * d, tl.minimum(run + total, room), mask=mine)
         for c in range(C):
             tl.store(base + c * E + e, run, mask=mine)
             run += tl.load(counts + (RANK * C + c) * V + e, mask=mine, other=0)
@@ -102,7 +102,7 @@ def _layout_kernel(
         else:
             tl.store(base + c * E + e, start + run + before, mask=here)
         tl.store(ends + segment * L + local + 0 * d, start + run + total, mask=mine)
-        tl.store(relative + segment * L + local + 0 * d, run + total, mask=mine)
+        tl.store(relative + segment * L + local + 0 * d, tl.minimum(run + total, room), mask=mine)
         start += tl.sum(total, 1)[:, None]
 
     to = tl.arange(0, DP)
@@ -192,7 +192,7 @@ def count(slots_TK: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     return counts, blocks
 
 
-def layout(counts_DCV: Tensor, geometry: Geometry) -> Layout:
+def layout(counts_DCV: Tensor, geometry: Geometry, room: int = NO_LIMIT) -> Layout:
     """As the reference's `layout`; one launch."""
     g = geometry
     if tuple(counts_DCV.shape) != (g.devices, g.chunks, g.width):
@@ -208,7 +208,7 @@ def layout(counts_DCV: Tensor, geometry: Geometry) -> Layout:
     )  # fmt: skip
     _layout_kernel[(1,)](
         counts_DCV.contiguous(), found.base_CE, found.send_CD, found.ends_GL, found.relative_GL,
-        found.put_D, found.back_D, found.arrive_D,
+        found.put_D, found.back_D, found.arrive_D, room,
         RANK=g.rank, C=g.chunks, E=g.experts, D=g.devices, DP=power_of_2(g.devices),
         LP=power_of_2(g.local), SPLIT=g.split,
     )  # fmt: skip

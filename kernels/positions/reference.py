@@ -77,7 +77,7 @@ class Layout:
     ends_GL: Tensor
     """[G, L] where the rows of each local expert of each segment end."""
     relative_GL: Tensor
-    """[G, L] the same, counted from the segment's first row."""
+    """[G, L] the same, counted from the segment's first row, but not beyond `room`."""
     put_D: Tensor
     """[D] to add to a row's place in this rank's send order to get its place among the rows that arrive at device d
     (by source, then token; one chunk)."""
@@ -98,8 +98,15 @@ def count(slots_TK: Tensor, geometry: Geometry) -> Tensor:
     return counts
 
 
-def layout(counts_DCV: Tensor, geometry: Geometry) -> Layout:
-    """Offsets from the counts of all ranks [D, C, V] (`count`, gathered)."""
+NO_LIMIT = 2**31 - 1
+
+
+def layout(counts_DCV: Tensor, geometry: Geometry, room: int = NO_LIMIT) -> Layout:
+    """Offsets from the counts of all ranks [D, C, V] (`count`, gathered).
+
+    Args:
+        room: rows for which there is memory; what multiplies the rows before relative_GL touches no others.
+    """
     g, me = geometry, geometry.rank
     device = counts_DCV.device
     tokens_DCE, rows_DCD = counts_DCV[..., : g.experts].long(), counts_DCV[..., g.experts :].long()
@@ -134,7 +141,7 @@ def layout(counts_DCV: Tensor, geometry: Geometry) -> Layout:
         base,
         send,
         ends_GL,
-        ends_GL - torch.tensor(starts[:-1], device=device)[:, None],
+        (ends_GL - torch.tensor(starts[:-1], device=device)[:, None]).clamp(max=room),
         arrive_SD[me] - leave_SD[me],
         leave_SD[:, me] - arrive_SD[:, me],
         arrive_SD[:, me] + first_SD[:, me],

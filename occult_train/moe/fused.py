@@ -5,7 +5,8 @@ R rows that arrived, D devices, G segments (kernels/positions).
 
 Kept for backward, beside the inputs: the R rows that arrived, each H values and 2K words; the pre-activations, 2·X·F
 values; and (2K + D)·T integers of 4 bytes. No expanded copy of rows, no expert output. With `recompute` the
-pre-activations are not kept either. Each is freed as soon as backward has used it, so backward runs only once.
+pre-activations are not kept either. Each is freed as soon as backward has used it, so backward runs only once. Where
+memory is made before the counts are known (`Room`), it may be for some more rows, at most half as many again.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from occult_train.kernels.grouped_matmul import kernel as triton_matmul
 from occult_train.kernels.grouped_matmul import library as library_matmul
 from occult_train.moe.fused_backward import Backward
 from occult_train.moe.fused_forward import Forward
-from occult_train.moe.routes import find_routes
+from occult_train.moe.routes import Room, find_routes
 from occult_train.moe.transport import CollectiveTransport, HostTransport, SymmetricTransport, Transport
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
@@ -58,8 +59,8 @@ class FusedExperts:
             raise ValueError(f"the symmetric transport moves all rows at once, but chunks={way.chunks}")
         self.grid, self.num_experts, self.way, self.recompute = grid, num_experts, way, recompute
         self.matmul = MATMULS[way.matmul]
-        self.expected_rows = 0
-        """The most expanded rows that the first segment had so far."""
+        self.room: Room | None = None
+        """For the next forward."""
         self.transport: Transport = TRANSPORTS[way.transport](grid, traffic)
 
     @torch.compiler.disable
@@ -112,7 +113,9 @@ class _Fused(torch.autograd.Function):
         layer: FusedExperts,
         keep: bool,
     ) -> Tensor:
-        routes = find_routes(slots, layer.grid, layer.num_experts, layer.way.chunks)
+        transport, grid = layer.transport, layer.grid
+        room = layer.room if transport.one_sided else None
+        routes = find_routes(slots, grid, layer.num_experts, layer.way.chunks, room, transport.gather)
         forward = Forward(layer, routes, x, weights, (w1, w2, w3), keep)
         y = forward.run()
         ctx.save_for_backward(x, weights, w1, w2, w3)

@@ -47,7 +47,7 @@ class Backward:
         """Gradients of x, weights, w1, w2 and w3."""
         steps = self.steps
         passes = ("combine_backward", "dispatch_backward")
-        self.exchange = steps.transport.begin(self.dy, steps.routes, self.out, passes, None)
+        self.exchange = steps.transport.begin(self.dy, steps.routes, (self.out, self.back), passes, None)
         self.exchange.go(steps.counts)
         for g, segment in enumerate(steps.segments):
             scalar_X = self._activations(g, segment)
@@ -77,7 +77,7 @@ class Backward:
         if segment.chunk is not None:
             dy_rows.append(self.out.values(self.exchange.arrived(segment.chunk)))
         weight_X, scalar_X = (torch.empty(segment.rows, dtype=torch.float32, device=self.dy.device) for _ in range(2))
-        dy_sources = [(rows, p, weight) for rows, (_, p, weight) in zip(dy_rows, sources, strict=True)]
+        dy_sources = [(rows, *rest) for rows, (_, *rest) in zip(dy_rows, sources, strict=True)]
         steps.expand(dy_sources, segment, rows_XH, weight_X)
         grad = steps.matmul.nn(rows_XH, self.w2, steps.routes.layout.relative_GL[g])
         weighted = grad if self.weighted_XF is None else self.weighted_XF[here]
@@ -102,7 +102,7 @@ class Backward:
             wire = Wire(self.x.shape[1], self.weights.shape[1], self.x.dtype, EXTRAS)
             position = wire.extra(arrived, 0, torch.int32)
             back = Back(dx_rows, position, segment.start, scalar_X=scalar_X)
-            self.exchange.give_back(segment.chunk, back, self.back)
+            self.exchange.give_back(segment.chunk, back)
         if segment.own:
             self.own_dx, self.own_scalar = dx_rows, scalar_X
 

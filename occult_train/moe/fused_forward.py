@@ -9,7 +9,7 @@ from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.kernels.swiglu import kernel as swiglu
 from occult_train.moe.fused_steps import EXTRAS, Steps
-from occult_train.moe.routes import Routes, Segment
+from occult_train.moe.routes import Counts, Room, Routes, Segment
 from occult_train.moe.transport import Back
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ class Forward:
     """1 dispatch; for each segment 2 expand, 3 gate and up, SwiGLU, down, 4 merge and give back; 5 combine at home.
 
     The host knows the numbers of rows only once the routing has come back from the device, the one time it waits in a
-    layer. By then dispatch and the expansion of own rows are under way: into memory for as many rows as there were at
-    most so far, and again if that was too little.
+    layer. A one-sided transport need not know them: room is made for as many rows as there were of late and some more,
+    everything is launched, and only then the host waits, while the device is busy. If the room was too little, which
+    all ranks find out alike, steps 2 to 5 are done again. A collective must know the numbers first; dispatch and the
+    expansion of own rows are under way by then.
     """
 
     def __init__(
@@ -36,8 +38,27 @@ class Forward:
 
     def run(self) -> Tensor:
         """[T, H]."""
-        self._dispatch()
-        for g, segment in enumerate(self.steps.segments):
+        layer, transport, room = self.layer, self.layer.transport, self.layer.room
+        passes = ("dispatch", "combine")
+        self.exchange = transport.begin(self.x, self.routes, (self.out, self.back), passes, self.weights)
+        self.early_XH: Tensor | None = self.x.new_empty(room.expanded if room else 0, self.x.shape[1])
+        movers.expand(self.x, self.routes.own_TK, self.early_XH)
+        guess = room.guess() if room is not None and self.exchange.fits(room) else None
+        y = None if guess is None else self._compute(guess)
+        counts = self.routes.counts()
+        layer.room = (room or Room()).after(counts)
+        if y is not None and room is not None and room.holds(counts):
+            self.steps = self._plan(counts)
+            self._trim(counts)
+            return y
+        self.routes = self.routes.with_all_room() if transport.one_sided else self.routes
+        self.kept.clear()
+        return self._compute(counts)
+
+    def _compute(self, counts: Counts) -> Tensor:
+        """Steps 2 to 5, for as many rows as counted or guessed."""
+        self.steps = self._plan(counts)
+        for g, segment in enumerate(counts.segments):
             arrived = None if segment.chunk is None else self.exchange.arrived(segment.chunk)
             y_XH = self._experts(g, self._expand(g, segment, arrived))
             if arrived is not None:
@@ -49,16 +70,15 @@ class Forward:
         returned = self.exchange.returned()
         return movers.combine(self.own_y, routes.own_TK, returned, routes.send_TD, self.back, self.weights)[0]
 
-    def _dispatch(self) -> None:
-        """Step 1, and what of step 2 can begin."""
-        layer, routes, x = self.layer, self.routes, self.x
-        self.exchange = layer.transport.begin(x, routes, self.out, ("dispatch", "combine"), self.weights)
-        self.early_XH: Tensor | None = x.new_empty(layer.expected_rows, x.shape[1])
-        movers.expand(x, routes.own_TK, self.early_XH)
-        counts = routes.counts()
+    def _plan(self, counts: Counts) -> Steps:
         self.exchange.go(counts)
-        self.steps = Steps(layer.matmul, layer.transport, routes, counts, layer.recompute)
-        layer.expected_rows = max(layer.expected_rows, counts.segments[0].rows)
+        return Steps(self.layer.matmul, self.layer.transport, self.routes, counts, self.layer.recompute)
+
+    def _trim(self, counts: Counts) -> None:
+        """Leave out what was room for more."""
+        *activations, arrived = self.kept or [None]
+        if arrived is not None:
+            self.kept = [*(part[: counts.expanded] for part in activations), arrived[: counts.arrived]]
 
     def _expand(self, g: int, segment: Segment, arrived: Tensor | None) -> Tensor:
         """Step 2."""
@@ -81,4 +101,4 @@ class Forward:
             self.kept.append(arrived.clone() if self.exchange.shared else arrived)
         assert segment.chunk is not None
         position, weight = self.out.extra(arrived, 0, torch.int32), self.out.extra(arrived, 1, torch.float32)
-        self.exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight), self.back)
+        self.exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight))

@@ -14,8 +14,9 @@ from occult_train.moe.transport import Transport
 
 EXTRAS = 2
 """Of a row on its way out in forward: expanded positions and weights."""
-Source = tuple[Tensor, Tensor, Tensor]
-"""Rows [N, H], the expanded rows that each goes to [N, K], and weights [N, K]."""
+Source = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Rows [N, H], the expanded rows that each goes to [N, K], weights [N, K]; and, if only the device knows how many of
+the rows there are, numbers of which the last tells."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,18 @@ class Steps:
 
     def sources(self, segment: Segment, x: Tensor, weights: Tensor, arrived: Tensor | None) -> list[Source]:
         """Where a segment's expanded rows come from: this rank's tokens, rows that arrived, or both."""
-        found = [(x, self.routes.own_TK, weights)] if segment.own else []
+        found: list[Source] = [(x, self.routes.own_TK, weights, None)] if segment.own else []
         if arrived is not None:
             wire = Wire(x.shape[1], weights.shape[1], x.dtype, EXTRAS)
             extras = wire.extra(arrived, 0, torch.int32), wire.extra(arrived, 1, torch.float32)
-            found.append((wire.values(arrived), *extras))
+            found.append((wire.values(arrived), *extras, self.routes.layout.arrive_D if self.counts.guessed else None))
         return found
 
     def expand(self, sources: list[Source], segment: Segment, out: Tensor, weight_X: Tensor | None = None) -> Tensor:
         """Write the segment's expanded rows [X, H], grouped by expert, into out, which is returned; and their weights
         into weight_X."""
-        for rows, position, weight in sources:
-            movers.expand(rows, position, out, weight, weight_X, segment.start)
+        for rows, position, weight, arrive_D in sources:
+            movers.expand(rows, position, out, weight, weight_X, segment.start, arrive_D)
         return out
 
     def gate_up(self, x_XH: Tensor, w1: Tensor, w3: Tensor, g: int) -> tuple[Tensor, Tensor]:

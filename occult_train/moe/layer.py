@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from occult_train.kernels.experts.reference import experts
+from occult_train.kernels.routing.reference import Routing
 from occult_train.moe.collaboration import CollaborationMeter
 from occult_train.moe.dispatch import make_dispatcher
 from occult_train.moe.experts import Experts
 from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.placement import Placement
-from occult_train.moe.router import Router, Routing
+from occult_train.moe.router import Router
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.zero import ExpertParallelLayer
 
@@ -63,7 +64,7 @@ class MoELayer(ExpertParallelLayer):
     def __init__(self, options: MoEOptions, grid: Grid, placement: Placement) -> None:
         super().__init__(grid, options.experts, placement.by_device(grid.expert_size))
         self.options, self.placement = options, placement
-        self.router = Router(options.hidden, options.experts, options.top_k, options.normalise)
+        self.router = Router(options.hidden, options.experts, options.top_k, options.normalise, options.way is not None)
         self.dispatcher = make_dispatcher(options.dispatcher, grid, self.num_local_experts)
         self.fused = self._make_fused(grid)
         self.experts = Experts(self.num_local_experts, options.hidden, options.intermediate, self.fused or experts)
@@ -97,7 +98,7 @@ class MoELayer(ExpertParallelLayer):
             y_TH = self.dispatcher.combine(rows_RH, dispatched)
         if self.shared_expert is not None:
             y_TH = y_TH + self._run(self._shared, x_TH)
-        return y_TH.view_as(x), self._losses(logits_TE, routing)
+        return y_TH.view_as(x), LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E)
 
     def _make_fused(self, grid: Grid) -> FusedExperts | None:
         """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""
@@ -120,13 +121,6 @@ class MoELayer(ExpertParallelLayer):
         if self.shared_expert_gate is not None:
             y_TH = self.shared_expert_gate(x_TH).sigmoid() * y_TH
         return y_TH
-
-    def _losses(self, logits_TE: Tensor, routing: Routing) -> LayerRouting:
-        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
-        counts_E = chosen_TE.sum(dim=0)  # bincount would make the host wait
-        tokens = max(logits_TE.shape[0], 1)  # a mean over no tokens would be NaN
-        z = logits_TE.logsumexp(dim=-1).square().sum() / tokens
-        return LayerRouting(routing.probs_TE.sum(dim=0) / tokens, z, counts_E)
 
     def _run(self, function: Any, *inputs: Tensor) -> Tensor:
         if self.options.recompute and torch.is_grad_enabled():

@@ -1,23 +1,13 @@
 """Top-k softmax routing. T tokens, H model width, E experts, K experts a token."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Routing:
-    """The router's choice for T tokens, in experts' own ids."""
-
-    experts_TK: Tensor
-    """[T, K] int64, in descending order of score."""
-    weights_TK: Tensor
-    """[T, K] fp32, differentiable."""
-    probs_TE: Tensor
-    """[T, E] fp32 softmax over all experts, differentiable."""
+from occult_train.kernels.routing import autograd, reference
+from occult_train.kernels.routing.reference import Routing
 
 
 class _WideProduct(torch.autograd.Function):
@@ -47,9 +37,11 @@ class Router(nn.Module):
 
     expert_bias: Tensor
 
-    def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool) -> None:
+    def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool, fused: bool = False) -> None:
+        """fused: choose with a Triton kernel (fp32 logits), else in plain torch."""
         super().__init__()
         self.top_k, self.normalise = top_k, normalise
+        self.route = autograd.route if fused else reference.route
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32), persistent=False)
 
@@ -62,9 +54,4 @@ class Router(nn.Module):
 
     def choose(self, logits_TE: Tensor) -> Routing:
         """Pick experts and weights from the logits."""
-        probs_TE = logits_TE.softmax(dim=-1)
-        experts_TK = (probs_TE.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
-        weights_TK = probs_TE.gather(1, experts_TK)
-        if self.normalise:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return Routing(experts_TK, weights_TK, probs_TE)
+        return self.route(logits_TE, self.expert_bias, self.top_k, self.normalise)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
-from occult_train.moe.routes import Counts, Routes
+from occult_train.moe.routes import Counts, Room, Routes, all_gather
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.staged import SHARED_MEMORY, HostAllToAll, bytes_needed
 from occult_train.parallel.traffic import Traffic
@@ -38,6 +38,10 @@ class Exchange(Protocol):
     shared: bool
     """Whether what arrives lies in memory that the next pass overwrites."""
 
+    def fits(self, room: Room) -> bool:
+        """Whether `go` may be called with a guess first, and has room for as many rows; alike on all ranks."""
+        ...
+
     def go(self, counts: Counts) -> None:
         """What `begin` had to leave until the host knows the counts. Collective."""
         ...
@@ -46,7 +50,7 @@ class Exchange(Protocol):
         """Rows on the wire of a chunk [R_c, W], by source, then token. Waits for them."""
         ...
 
-    def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
+    def give_back(self, chunk: int, back: Back) -> None:
         """Send sums back to where each row of the chunk came from."""
         ...
 
@@ -59,14 +63,21 @@ class Transport(Protocol):
     """Makes exchanges."""
 
     traffic: Traffic
+    one_sided: bool
+    """Whether rows can travel before the host knows their number."""
+
+    def gather(self, numbers: Tensor, grid: Grid) -> Tensor:
+        """As routes.all_gather. Collective."""
+        ...
 
     def begin(
-        self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
+        self, x_TH: Tensor, routes: Routes, wires: tuple[Wire, Wire], passes: tuple[str, str], weight_TK: Tensor | None
     ) -> Exchange:
         """Start to send tokens out, with their experts' positions and weights if weights are given. Collective, and
         the host waits for nothing.
 
         Args:
+            wires: rows out and rows back.
             passes: names of the two passes in `Traffic`.
         """
         ...
@@ -99,22 +110,28 @@ def _pack(x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | N
 class CollectiveTransport:
     """All-to-all, one call a chunk and direction, asynchronous."""
 
+    one_sided = False
+
     def __init__(self, grid: Grid, traffic: Traffic) -> None:
         self.grid, self.traffic = grid, traffic
+
+    def gather(self, numbers: Tensor, grid: Grid) -> Tensor:
+        """As `Transport.gather`."""
+        return all_gather(numbers, grid)
 
     def move(self, target: Tensor, source: Tensor, arrives: list[int], sends: list[int]) -> Any:
         """Start an all-to-all of rows; the result has `wait()`. By the process group's own."""
         return dist.all_to_all_single(target, source, arrives, sends, group=self.grid.expert_group, async_op=True)
 
     def begin(
-        self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
+        self, x_TH: Tensor, routes: Routes, wires: tuple[Wire, Wire], passes: tuple[str, str], weight_TK: Tensor | None
     ) -> "CollectiveExchange":
         """As `Transport.begin`: rows are packed."""
-        g = routes.geometry
+        g, wire = routes.geometry, wires[0]
         payload = wire.empty(x_TH.shape[0] * (g.devices - 1), x_TH)
         for c in range(g.chunks if g.devices > 1 else 0):
             _pack(x_TH, routes, payload, wire, weight_TK, slice(c * g.chunk_tokens, (c + 1) * g.chunk_tokens))
-        return CollectiveExchange(self, payload, passes)
+        return CollectiveExchange(self, payload, wires[1], passes)
 
 
 class CollectiveExchange:
@@ -123,12 +140,16 @@ class CollectiveExchange:
     shared = False
     counts: Counts
 
-    def __init__(self, transport: CollectiveTransport, payload: Tensor, passes: tuple[str, str]) -> None:
-        self.transport, self.payload, self.passes = transport, payload, passes
+    def __init__(self, transport: CollectiveTransport, payload: Tensor, back: Wire, passes: tuple[str, str]) -> None:
+        self.transport, self.payload, self.back, self.passes = transport, payload, back, passes
         self._out: list[tuple[Any, Tensor]] = []
         self._back: list[Any] = []
         self._returned: Tensor | None = None
         self._kept = [payload]
+
+    def fits(self, room: Room) -> bool:
+        """As `Exchange.fits`: an all-to-all must know the counts."""
+        return False
 
     def go(self, counts: Counts) -> None:
         """As `Exchange.go`: all chunks are sent."""
@@ -147,9 +168,9 @@ class CollectiveExchange:
         work.wait()
         return rows
 
-    def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
+    def give_back(self, chunk: int, back: Back) -> None:
         """As `Exchange.give_back`."""
-        counts = self.counts
+        counts, wire = self.counts, self.back
         if self._returned is None:
             self._returned = wire.empty(counts.sent, back.rows[0])
         rows = wire.empty(back.position_RK.shape[0], back.rows[0])
@@ -196,13 +217,16 @@ _RINGS: dict[Any, HostAllToAll] = {}
 class SymmetricTransport:
     """One-sided: kernels write rows straight into the other devices' memory, over NVLink.
 
-    One pair of buffers a process group, shared by all layers, for rows out and rows back. Each pass ends in a barrier
-    of all devices, after which its rows may be read; the other buffer's barrier tells that they have been.
+    Three buffers a process group, shared by all layers: for rows out, rows back, and counts. Each pass ends in a
+    barrier of all devices, after which its rows may be read; the other buffer's barrier tells that they have been.
     """
+
+    one_sided = True
 
     def __init__(self, grid: Grid, traffic: Traffic) -> None:
         self.grid, self.traffic = grid, traffic
         self.boxes = (SymmetricBox.of(grid, "out"), SymmetricBox.of(grid, "back"))
+        self.counts = SymmetricBox.of(grid, "counts")
 
     @staticmethod
     def available(grid: Grid) -> bool:
@@ -214,19 +238,27 @@ class SymmetricTransport:
         reach = allowed and all(p == here or torch.cuda.can_device_access_peer(here, p) for p in devices)
         return _all_say(reach and bool(devices), grid)
 
+    def gather(self, numbers: Tensor, grid: Grid) -> Tensor:
+        """As `Transport.gather`: a view of one of two places that take turns, good until the next gathering but one.
+
+        Whoever passes the barrier of a gathering knows that all have read what the one before brought.
+        """
+        box, devices, count = self.counts, grid.expert_size, numbers.numel()
+        box.reserve(2 * devices * count * numbers.itemsize, agreed=True)
+        box.turn = 1 - box.turn
+        first = box.turn * devices * count
+        movers.share(numbers, box.address_D, first + grid.expert_rank * count)
+        box.barrier()
+        return box.numbers(first, devices * count).view(devices, *numbers.shape)
+
     def begin(
-        self, x_TH: Tensor, routes: Routes, wire: Wire, passes: tuple[str, str], weight_TK: Tensor | None
+        self, x_TH: Tensor, routes: Routes, wires: tuple[Wire, Wire], passes: tuple[str, str], weight_TK: Tensor | None
     ) -> "SymmetricExchange":
         """As `Transport.begin`: rows are written, as many as fit."""
-        self.boxes[0].reserve(x_TH.shape[0] * (routes.geometry.devices - 1) * wire.nbytes, agreed=False)
-        exchange = SymmetricExchange(self, routes, wire, passes, (x_TH, weight_TK))
+        self.boxes[0].reserve(x_TH.shape[0] * (routes.geometry.devices - 1) * wires[0].nbytes, agreed=False)
+        exchange = SymmetricExchange(self, routes, wires, passes, (x_TH, weight_TK))
         exchange.write()
         return exchange
-
-    def count(self, name: str, sent: int, arrived: int, wire: Wire) -> None:
-        """Count what a pass moved."""
-        self.traffic.add_rows(name, sent, arrived)
-        self.traffic.add_bytes(name, sent * wire.nbytes)
 
 
 class SymmetricExchange:
@@ -239,51 +271,56 @@ class SymmetricExchange:
         self,
         transport: SymmetricTransport,
         routes: Routes,
-        wire: Wire,
+        wires: tuple[Wire, Wire],
         passes: tuple[str, str],
         sources: tuple[Tensor, Tensor | None],
     ) -> None:
-        self.transport, self.routes, self.wire, self.passes = transport, routes, wire, passes
+        self.transport, self.routes, self.wires, self.passes = transport, routes, wires, passes
         self._sources = sources
-        self._wire_back: Wire | None = None
 
     def write(self) -> None:
         """Write all rows that fit, and wait, on the device, until all have done so."""
-        box, (x_TH, weight_TK) = self.transport.boxes[0], self._sources
+        box, wire, (x_TH, weight_TK) = self.transport.boxes[0], self.wires[0], self._sources
         if box.nbytes:
-            peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // self.wire.nbytes)
-            _pack(x_TH, self.routes, peers, self.wire, weight_TK, slice(None))
+            peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // wire.nbytes)
+            _pack(x_TH, self.routes, peers, wire, weight_TK, slice(None))
             box.barrier()
+
+    def fits(self, room: Room) -> bool:
+        """As `Exchange.fits`."""
+        return room.rows * self.wires[0].nbytes <= self.transport.boxes[0].nbytes
 
     def go(self, counts: Counts) -> None:
         """As `Exchange.go`: if the rows did not fit, all ranks know it, enlarge the buffers and write again."""
-        box, self.counts = self.transport.boxes[0], counts
-        if counts.most_rows * self.wire.nbytes > box.nbytes:
-            box.reserve(counts.most_rows * self.wire.nbytes, agreed=True)
+        self.counts = counts
+        if counts.guessed:
+            return
+        box, out = self.transport.boxes[0], self.wires[0]
+        if counts.most_rows * out.nbytes > box.nbytes:
+            box.reserve(counts.most_rows * out.nbytes, agreed=True)
             self.write()
-        self.transport.count(self.passes[0], counts.sent, counts.arrived, self.wire)
+        there_and_back = ((counts.sent, counts.arrived), (counts.arrived, counts.sent))
+        for name, wire, (sent, arrived) in zip(self.passes, self.wires, there_and_back, strict=True):
+            self.transport.traffic.add_rows(name, sent, arrived)
+            self.transport.traffic.add_bytes(name, sent * wire.nbytes)
 
     def arrived(self, chunk: int) -> Tensor:
         """As `Exchange.arrived`: a view of the shared buffer, good until the next pass out."""
-        return self.transport.boxes[0].rows(self.counts.arrived, self.wire)
+        return self.transport.boxes[0].rows(self.counts.arrived, self.wires[0])
 
-    def give_back(self, chunk: int, back: Back, wire: Wire) -> None:
+    def give_back(self, chunk: int, back: Back) -> None:
         """As `Exchange.give_back`."""
-        box, self._wire_back = self.transport.boxes[1], wire
+        box, wire, layout = self.transport.boxes[1], self.wires[1], self.routes.layout
         box.reserve(self.counts.most_rows * wire.nbytes, agreed=True)
-        layout = self.routes.layout
         peers = movers.Peers(box.address_D, layout.back_D, box.nbytes // wire.nbytes)
         movers.merge(
             back.rows, back.position_RK, peers, wire, back.weight_RK, back.scalar_X, back.start, layout.arrive_D
         )
         box.barrier()
-        self.transport.count(self.passes[1], self.counts.arrived, self.counts.sent, wire)
 
-    def returned(self) -> Tensor | None:
+    def returned(self) -> Tensor:
         """As `Exchange.returned`: a view of the shared buffer, good until the next pass back."""
-        if self._wire_back is None:
-            return None
-        return self.transport.boxes[1].rows(self.counts.sent, self._wire_back)
+        return self.transport.boxes[1].rows(self.counts.sent, self.wires[1])
 
 
 class SymmetricBox:
@@ -297,6 +334,8 @@ class SymmetricBox:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.nbytes = 0
+        self.turn = 0
+        """Of two places, for whoever uses it so."""
         self._memory: Any = None
         self._handle: Any = None
 
@@ -335,6 +374,11 @@ class SymmetricBox:
         if count == 0:
             return torch.empty(0, wire.width, dtype=wire.dtype, device=_device())
         return self._memory[: count * wire.nbytes].view(wire.dtype).view(count, wire.width)
+
+    def numbers(self, first: int, count: int) -> Tensor:
+        """[count] int32 from the first-th on, a view."""
+        found: Tensor = self._memory.view(torch.int32)[first : first + count]
+        return found
 
     def barrier(self) -> None:
         """All devices of the group have come this far, on their current streams."""

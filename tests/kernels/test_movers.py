@@ -123,6 +123,22 @@ def test_expand_leaves_out_what_lies_outside(start: int, rows: int, device: torc
     assert all(map(same_bits, got, expected))
 
 
+@pytest.mark.parametrize("there", [0, 1, 3, 4])
+def test_expand_leaves_out_rows_that_are_not_there(there: int, device: torch.device) -> None:
+    """Their positions are whatever memory held."""
+    position = torch.tensor([[0, 2], [1, 5], [3, -1], [4, 0]], dtype=torch.int32, device=device)
+    arrive = torch.tensor([there // 2, there], dtype=torch.int32, device=device)
+    x, weight, found = normal(4, 33, device=device), normal(4, 2, device=device), []
+    for module in (kernel, reference):
+        out, weight_X = marked(6, 33, like=x), marked(6, like=x)
+        module.expand(x, position, out, weight, weight_X, arrive_D=arrive)
+        found.append((out, weight_X))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+    written = {p for row in position[:there].tolist() for p in row if p >= 0}
+    assert [bool((row == UNTOUCHED).all()) for row in found[0][0]] == [r not in written for r in range(6)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_expand_reads_rows_on_the_wire(dtype: torch.dtype, device: torch.device) -> None:
     wire = Wire(63, 3, dtype, 2)
@@ -246,7 +262,9 @@ def test_merge_into_other_devices(hidden: int, dtype: torch.dtype, capacity: int
         scalar = normal(len(rows[0]), device=device, seed=number)
         addresses = [0 if d == number else box.data_ptr() for d, box in enumerate(boxes)]
         peers = Peers(torch.tensor(addresses, device=device), rank.layout.back_D, capacity)
-        kernel.merge(rows, position, peers, wire, None, scalar, arrive_D=rank.layout.arrive_D)
+        beyond = torch.full((3, 3), 2**30, dtype=torch.int32, device=device)  # as memory that nobody wrote
+        more = torch.cat((position, beyond))
+        kernel.merge(rows, more, peers, wire, None, scalar, arrive_D=rank.layout.arrive_D)
         local = on_wire(wire, ends[-1], device)
         kernel.merge(rows, position, local, wire, None, scalar)
         for source, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -359,3 +377,23 @@ def test_what_does_not_belong_together_is_refused(device: torch.device) -> None:
         kernel.pack(x, maps[:3], wire.empty(3, x), Wire(9, 2, torch.float32, 0))
     with pytest.raises(ValueError, match="8 width of rows, 9 of the wire"):
         kernel.merge([x], maps, wire.empty(4, x), Wire(9, 2, torch.float32, 0))
+
+
+def test_sums_do_not_read_beyond_the_rows(device: torch.device) -> None:
+    """As when there were more rows than was made room for: the result is of no use, but nothing else is touched."""
+    x = normal(4, 16, device=device)
+    position = torch.tensor([[0, 4], [2**30, 3]], dtype=torch.int32, device=device)
+    wire = Wire(16, 2, torch.float32, 0)
+    merged = on_wire(wire, 2, device)
+    kernel.merge([x], position, merged, wire)
+    home = torch.full((2, 1), -1, dtype=torch.int32, device=device)
+    combined, _ = kernel.combine([x], position, None, home, wire)
+    assert torch.equal(wire.values(merged), x[[0, 3]])
+    assert torch.equal(combined, x[[0, 3]])
+
+
+def test_share_writes_into_all_devices(device: torch.device) -> None:
+    boxes = [torch.zeros(9, dtype=torch.int32, device=device) for _ in range(3)]
+    addresses = torch.tensor([box.data_ptr() for box in boxes], device=device)
+    kernel.share(torch.tensor([[5, 6], [7, 8]], dtype=torch.int32, device=device), addresses, 3)
+    assert [box.tolist() for box in boxes] == [[0, 0, 0, 5, 6, 7, 8, 0, 0]] * 3

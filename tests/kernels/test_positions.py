@@ -262,3 +262,13 @@ def test_wrong_slots_are_refused(device: torch.device) -> None:
 def test_chunks_are_multiples_of_a_block_and_hold_all_tokens(tokens: int, chunks: int, size: int) -> None:
     assert chunk_size(tokens, chunks) == size
     assert size * chunks >= tokens
+
+
+@pytest.mark.parametrize("module", [kernel, reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize("room", [0, 3, 5, 100])
+def test_relative_ends_stay_within_the_room(module: ModuleType, room: int, device: torch.device) -> None:
+    geometry = Geometry(1, 2, 4, chunk_size(5, 1))
+    counts = torch.tensor([[[1, 2, 3, 0, 2, 3]], [[0, 1, 1, 2, 1, 3]]], dtype=torch.int32, device=device)
+    found = module.layout(counts, geometry, room)
+    assert found.ends_GL.tolist() == [[4, 6]]
+    assert found.relative_GL.tolist() == [[min(4, room), min(6, room)]]

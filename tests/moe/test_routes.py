@@ -12,7 +12,7 @@ from torch import Tensor
 from occult_train.kernels.positions import reference
 from occult_train.kernels.positions.reference import Geometry, chunk_size
 from occult_train.moe import routes
-from occult_train.moe.routes import Counts, Routes, Segment, find_routes
+from occult_train.moe.routes import Counts, Room, Routes, Segment, find_routes
 from occult_train.parallel.grid import Grid
 from occult_train.testing import run_distributed
 
@@ -77,6 +77,7 @@ def test_the_host_counts_what_the_devices_do(problem: tuple[list[Tensor], int, i
         most = max(most, counts.sent, counts.arrived)
         check_slices(counts, send, g)
     assert {counts.most_rows for *_, counts in found} == {most}
+    assert {counts.most_expanded for *_, counts in found} == {max(counts.segments[0].rows for *_, counts in found)}
 
 
 def check_slices(counts: Counts, send: Tensor, g: Geometry) -> None:
@@ -121,8 +122,37 @@ def test_ranks_find_the_routes_together() -> None:
 def test_a_single_device_has_one_segment_of_all_rows(tokens: int, chunks: int) -> None:
     found: Routes = find_routes(random_slots((tokens,), 6, 3, 0.0)[0], Grid(), 6, chunks)
     counts = found.counts()
-    assert counts == Counts([[0]], [[0]], 0, [Segment(True, None, 0, 3 * tokens)])
+    assert counts == Counts([[0]], [[0]], 0, 3 * tokens, [Segment(True, None, 0, 3 * tokens)])
     assert (counts.sent, counts.arrived, counts.expanded) == (0, 0, 3 * tokens)
     assert found.layout.ends_GL[-1, -1] == 3 * tokens
     assert torch.equal(found.own_TK, found.position_TK)
     assert (found.send_TD == -1).all()
+
+
+def counted(rows: int, expanded: int) -> Counts:
+    return Counts([[rows]], [[rows]], rows, expanded, [Segment(True, 0, 0, expanded)])
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=20))
+def test_room_is_enough_for_the_same_again_and_seldom_changes(needs: list[tuple[int, int]]) -> None:
+    room = Room()
+    for rows, expanded in needs:
+        counts = counted(rows, expanded)
+        before, room = room, room.after(counts)
+        assert room.holds(counts)
+        assert room.rows <= rows + rows // 2
+        assert room.expanded <= expanded + expanded // 2
+        assert room.after(counts) == room
+        if before.holds(counts) and before.rows <= 1.4 * rows and before.expanded <= 1.4 * expanded:
+            assert room == before
+
+
+@pytest.mark.parametrize("rows,expanded,holds", [(5, 7, True), (6, 7, False), (5, 8, False), (0, 0, True)])
+def test_room_holds_what_fits(rows: int, expanded: int, holds: bool) -> None:
+    assert Room(5, 7).holds(counted(rows, expanded)) == holds
+
+
+def test_a_guess_fills_its_room() -> None:
+    guess = Room(5, 7).guess()
+    assert guess.guessed
+    assert (guess.sent, guess.arrived, guess.most_rows, guess.expanded, guess.most_expanded) == (5, 5, 5, 7, 7)

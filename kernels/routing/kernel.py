@@ -1,0 +1,188 @@
+"""From router logits to experts and weights in Triton: two launches forward, one backward. See `reference.py`.
+
+A program holds the logits of a block of tokens in registers, so softmax, choice and sums read them once. Sums over
+tokens are added up block by block in a fixed order. Equal scores go to the lower expert; scores that are no numbers
+come last.
+
+Example, K=2, logits log [.1, .4, .2, .3], bias 0: experts [1, 3], weights [.4, .3], normalised [.571, .429].
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from occult_train.kernels.launching import power_of_2, quick
+from occult_train.kernels.routing.reference import Routing
+
+LEAST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _softmax(logits, t, e, T, E):
+    """Probabilities [B, EP], 0 beyond E, and logsumexp [B], of a block of tokens."""
+    inside = (t < T)[:, None] & (e < E)[None, :]
+    x = tl.load(logits + t.to(tl.int64)[:, None] * E + e[None, :], mask=inside, other=float("-inf"))
+    x = tl.where((t < T)[:, None], x, 0.0)  # tokens beyond the end are computed too, but never stored
+    top = tl.max(x, 1)
+    exp = tl.exp(x - top[:, None])
+    total = tl.sum(exp, 1)
+    return exp / total[:, None], top + tl.log(total)
+
+
+@quick
+@triton.jit
+def _forward_kernel(
+    logits, bias, experts, weights, sums, T,
+    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * B + tl.arange(0, B)
+    e, k = tl.arange(0, EP), tl.arange(0, KP)
+    probs, lse = _softmax(logits, t, e, T, E)
+    score = probs + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
+    score = tl.where(score == score, score, LEAST)
+    score = tl.where((e < E)[None, :], score, float("-inf"))
+    chosen = tl.zeros([B, EP], tl.int32)
+    experts_BK = tl.zeros([B, KP], tl.int32)
+    weights_BK = tl.zeros([B, KP], tl.float32)
+    for i in tl.static_range(K):
+        best = tl.max(score, 1)
+        expert = tl.min(tl.where(score == best[:, None], e[None, :], EP), 1)
+        hit = e[None, :] == expert[:, None]
+        here = (k == i)[None, :]
+        experts_BK = tl.where(here, expert[:, None], experts_BK)
+        weights_BK = tl.where(here, tl.sum(tl.where(hit, probs, 0.0), 1)[:, None], weights_BK)
+        chosen += hit.to(tl.int32)
+        score = tl.where(hit, float("-inf"), score)
+    if NORMALISE:
+        weights_BK = weights_BK / tl.sum(weights_BK, 1)[:, None]
+    at = t.to(tl.int64)[:, None] * K + k[None, :]
+    inside = (t < T)[:, None] & (k < K)[None, :]
+    tl.store(experts + at, experts_BK.to(tl.int64), mask=inside)
+    tl.store(weights + at, weights_BK, mask=inside)
+    there = (t < T)[:, None]
+    first = sums + tl.program_id(0) * (2 * E + 1)
+    tl.store(first + e, tl.sum(tl.where(there, probs, 0.0), 0), mask=e < E)
+    tl.store(first + E + e, tl.sum(tl.where(there, chosen, 0), 0).to(tl.float32), mask=e < E)
+    tl.store(first + 2 * E, tl.sum(tl.where(t < T, lse * lse, 0.0), 0))
+
+
+@quick
+@triton.jit
+def _sum_kernel(sums, mean, z, counts, blocks, T, E: tl.constexpr, VP: tl.constexpr):
+    """One program. Columns of sums [blocks, 2E + 1]: probabilities, counts, squared logsumexp."""
+    v = tl.arange(0, VP)
+    V: tl.constexpr = 2 * E + 1
+    total = tl.zeros([VP], tl.float32)
+    for first in range(0, blocks, 16):
+        b = first + tl.arange(0, 16)
+        inside = (b < blocks)[:, None] & (v < V)[None, :]
+        total += tl.sum(tl.load(sums + b[:, None] * V + v[None, :], mask=inside, other=0.0), 0)
+    tokens = T * 1.0
+    tl.store(mean + v, total / tokens, mask=v < E)
+    tl.store(counts + v - E, total.to(tl.int64), mask=(v >= E) & (v < 2 * E))
+    tl.store(z + v - 2 * E, total / tokens, mask=v == 2 * E)
+
+
+@quick
+@triton.jit
+def _backward_kernel(
+    logits, experts, d_weights, d_mean, d_z, out, T,
+    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, NORMALISE: tl.constexpr,
+    WEIGHTS: tl.constexpr, MEAN: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * B + tl.arange(0, B)
+    e = tl.arange(0, EP)
+    probs, lse = _softmax(logits, t, e, T, E)
+    tokens = T * 1.0
+    d_probs = tl.zeros([B, EP], tl.float32)
+    if WEIGHTS:
+        total = tl.zeros([B], tl.float32)
+        dot = tl.zeros([B], tl.float32)
+        for i in tl.static_range(K):
+            at = t.to(tl.int64) * K + i
+            hit = e[None, :] == tl.load(experts + at, mask=t < T, other=0)[:, None]
+            d = tl.load(d_weights + at, mask=t < T, other=0.0)
+            p = tl.sum(tl.where(hit, probs, 0.0), 1)
+            total += p
+            dot += d * p
+            d_probs += tl.where(hit, d[:, None], 0.0)
+        if NORMALISE:
+            chosen = tl.zeros([B, EP], tl.int32)
+            for i in tl.static_range(K):
+                expert = tl.load(experts + t.to(tl.int64) * K + i, mask=t < T, other=0)
+                chosen += (e[None, :] == expert[:, None]).to(tl.int32)
+            # w = p / sum p: dp = (dw - sum dw w) / sum p
+            d_probs = tl.where(chosen > 0, (d_probs - (dot / total)[:, None]) / total[:, None], 0.0)
+    if MEAN:
+        d_probs += (tl.load(d_mean + e, mask=e < E, other=0.0) / tokens)[None, :]
+    d_logits = probs * (d_probs - tl.sum(probs * d_probs, 1)[:, None])
+    if Z:
+        d_logits += (2.0 * tl.load(d_z) / tokens * lse)[:, None] * probs
+    inside = (t < T)[:, None] & (e < E)[None, :]
+    tl.store(out + t.to(tl.int64)[:, None] * E + e[None, :], d_logits, mask=inside)
+
+
+def _block(experts: int) -> dict[str, int]:
+    """Tokens of a program: some 8,192 values in registers."""
+    padded = power_of_2(experts)
+    return {"EP": padded, "B": max(16, min(64, 4096 // padded))}
+
+
+def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:
+    """As the reference's, without gradients; fp32.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+    """
+    _check(logits_TE)
+    (tokens, experts), new = logits_TE.shape, logits_TE.new_empty
+    if bias_E.shape != (experts,) or bias_E.dtype != torch.float32 or not 0 < top_k <= experts:
+        raise ValueError(f"{experts} experts, {top_k} a token, bias {bias_E.dtype} {tuple(bias_E.shape)}")
+    block = _block(experts)
+    blocks = -(-tokens // block["B"])
+    sums = new(blocks, 2 * experts + 1)
+    found = Routing(
+        new((tokens, top_k), dtype=torch.int64), new(tokens, top_k), new(experts), new(()),
+        new((experts,), dtype=torch.int64),
+    )  # fmt: skip
+    if tokens:
+        _forward_kernel[(blocks,)](
+            logits_TE, bias_E, found.experts_TK, found.weights_TK, sums, tokens,
+            E=experts, K=top_k, KP=power_of_2(top_k), NORMALISE=normalise, **block,
+        )  # fmt: skip
+    _sum_kernel[(1,)](
+        sums,
+        found.mean_prob_E,
+        found.z,
+        found.counts_E,
+        blocks,
+        max(tokens, 1),
+        E=experts,
+        VP=power_of_2(2 * experts + 1),
+    )
+    return found
+
+
+def backward(
+    logits_TE: Tensor, experts_TK: Tensor, normalise: bool,
+    d_weights_TK: Tensor | None, d_mean_E: Tensor | None, d_z: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Gradient of the logits [T, E] from those of weights, mean probabilities and z; None counts as zeros."""
+    _check(logits_TE)
+    (tokens, experts), top_k = logits_TE.shape, experts_TK.shape[1]
+    out = torch.empty_like(logits_TE)
+    given = [None if d is None else d.contiguous() for d in (d_weights_TK, d_mean_E, d_z)]
+    block = _block(experts)
+    if tokens:
+        _backward_kernel[(-(-tokens // block["B"]),)](
+            logits_TE, experts_TK, *given, out, tokens,
+            E=experts, K=top_k, KP=power_of_2(top_k), NORMALISE=normalise,
+            WEIGHTS=given[0] is not None, MEAN=given[1] is not None, Z=given[2] is not None, **block,
+        )  # fmt: skip
+    return out
+
+
+def _check(logits_TE: Tensor) -> None:
+    if logits_TE.dim() != 2 or logits_TE.dtype != torch.float32 or not logits_TE.is_contiguous():
+        raise ValueError(f"logits must be contiguous fp32 [T, E], got {logits_TE.dtype} {tuple(logits_TE.shape)}")
