@@ -69,18 +69,18 @@ def _forward_kernel(
 
 @quick
 @triton.jit
-def _sum_kernel(sums, mean, z, counts, blocks, T, E: tl.constexpr, VP: tl.constexpr):
+def _sum_kernel(sums, mean, z, loads, block_count, T, E: tl.constexpr, VP: tl.constexpr):
     """One program. Columns of sums [blocks, 2E + 1]: probabilities, counts, squared logsumexp."""
     v = tl.arange(0, VP)
     V: tl.constexpr = 2 * E + 1
     total = tl.zeros([VP], tl.float32)
-    for first in range(0, blocks, 16):
+    for first in range(0, block_count, 16):
         b = first + tl.arange(0, 16)
-        inside = (b < blocks)[:, None] & (v < V)[None, :]
+        inside = (b < block_count)[:, None] & (v < V)[None, :]
         total += tl.sum(tl.load(sums + b[:, None] * V + v[None, :], mask=inside, other=0.0), 0)
     tokens = T * 1.0
     tl.store(mean + v, total / tokens, mask=v < E)
-    tl.store(counts + v - E, total.to(tl.int64), mask=(v >= E) & (v < 2 * E))
+    tl.store(loads + v - E, total.to(tl.int64), mask=(v >= E) & (v < 2 * E))
     tl.store(z + v - 2 * E, total / tokens, mask=v == 2 * E)
 
 
@@ -124,9 +124,9 @@ def _backward_kernel(
 
 
 def _block(experts: int) -> dict[str, int]:
-    """Tokens of a program: some 8,192 values in registers."""
+    """Tokens of a program: some 2,048 values in registers."""
     padded = power_of_2(experts)
-    return {"EP": padded, "B": max(16, min(64, 4096 // padded))}
+    return {"EP": padded, "B": max(8, min(64, 2048 // padded))}
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:

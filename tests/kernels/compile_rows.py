@@ -16,17 +16,19 @@ from triton.compiler import ASTSource
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.positions import kernel as positions
 from occult_train.kernels.rotary import kernel as rotary
+from occult_train.kernels.routing import kernel as routing
 from occult_train.kernels.swiglu import kernel as swiglu
 
 TYPES = {
     **dict.fromkeys(("x", "out", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
     **dict.fromkeys(("weight", "weight_X", "scalar", "scalars", "cos", "sin"), "*fp32"),
-    **dict.fromkeys(("slots", "address"), "*i64"),
+    **dict.fromkeys(("logits", "bias", "weights", "sums", "mean", "z", "d_weights", "d_mean", "d_z"), "*fp32"),
+    **dict.fromkeys(("slots", "address", "experts", "loads"), "*i64"),
     **dict.fromkeys(("position", "own", "send", "sends", "shift", "arrive", "words", "out_words"), "*i32"),
-    **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back"), "*i32"),
+    **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back", "numbers"), "*i32"),
 }
 """Of parameters by name; all others are int32 numbers."""
-ODD = ("start", "capacity", "T", "S", "sign", "p_stride", "w_stride", "words_stride", "first_word")
+ODD = ("room", "offset", "start", "capacity", "T", "S", "sign", "p_stride", "w_stride", "words_stride", "first_word")
 """Numbers of which the compiler may not know that they are multiples of 16."""
 
 
@@ -44,10 +46,14 @@ class Variant:
 
 
 ROW = {"K": 8, "BH": 2048}
+ALL = {"D": 0, **ROW}
 LOCAL, PEERS = ("address", "shift", "arrive"), ("out", "out_words")
 NO_EXTRAS = ("position", "slots", "weight")
 PACK = {"D": 2, "KP": 8, "L": 32, **ROW}
 SUM = {"KP": 8, **ROW}
+ROUTE = {"E": 64, "K": 8, "EP": 64, "KP": 8, "B": 32}
+MANY = {"E": 256, "K": 8, "EP": 256, "KP": 8, "B": 8}
+GIVEN = {"WEIGHTS": True, "MEAN": True, "Z": True}
 LAYOUT = {"RANK": 1, "DP": 4, "LP": 16}
 VARIANTS = [
     Variant("count", positions._count_kernel, {"K": 8, "E": 64, "D": 2, "EP": 64, "DP": 2, "B": 64}),
@@ -59,8 +65,10 @@ VARIANTS = [
         positions._positions_kernel,
         {"RANK": 1, "K": 6, "E": 256, "D": 32, "EP": 256, "DP": 32, "B": 16},
     ),
-    Variant("expand", movers._expand_kernel, ROW | {"WEIGHTS": False}, ("weight", "weight_X"), wide=True),
-    Variant("expand, weights", movers._expand_kernel, ROW | {"WEIGHTS": True}, wide=True),
+    Variant("expand", movers._expand_kernel, ALL | {"WEIGHTS": False}, ("weight", "weight_X", "arrive"), wide=True),
+    Variant("expand, weights", movers._expand_kernel, ALL | {"WEIGHTS": True}, ("arrive",), wide=True),
+    Variant("expand, some", movers._expand_kernel, ROW | {"D": 2, "WEIGHTS": False}, ("weight", "weight_X"), wide=True),
+    Variant("share", movers._share_kernel, {"BN": 128}),
     Variant("pack", movers._pack_kernel, PACK | {"PEERS": False, "EXTRAS": False}, (*LOCAL[:2], *NO_EXTRAS), wide=True),
     Variant("pack, extras", movers._pack_kernel, PACK | {"PEERS": False, "EXTRAS": True}, LOCAL[:2], wide=True),
     Variant("pack, peers", movers._pack_kernel, PACK | {"PEERS": True, "EXTRAS": False}, PEERS + NO_EXTRAS, wide=True),
@@ -109,6 +117,11 @@ VARIANTS = [
     ),
     Variant("swiglu", swiglu._forward_kernel, {"BF": 1024}, warps=2, wide=True),
     Variant("swiglu, backward", swiglu._backward_kernel, {"BF": 1024}, warps=2, wide=True),
+    Variant("route", routing._forward_kernel, ROUTE | {"NORMALISE": True}),
+    Variant("route, many experts", routing._forward_kernel, MANY | {"NORMALISE": False}),
+    Variant("route, sums", routing._sum_kernel, {"E": 256, "VP": 1024}),
+    Variant("route, backward", routing._backward_kernel, ROUTE | GIVEN | {"NORMALISE": True}),
+    Variant("route, backward, many experts", routing._backward_kernel, MANY | GIVEN | {"NORMALISE": True}),
     Variant("rotary", rotary._rotate_kernel, {"N": 16, "NP": 16, "HALF": 64, "HP": 64}),
 ]
 ACCESS = re.compile(r"\b(ld|st)\.global\S*?\.(v4\.[bu]32|(?:v2\.)?[bu]16)\b")
