@@ -45,6 +45,13 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32), persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        """Move, or change the type of what it holds; the bias stays fp32, for its steps are small."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
     def forward(self, x_TH: Tensor) -> Tensor:
         """Logits [T, E], computed in fp32 whatever the model's type."""
         if x_TH.is_cuda and x_TH.dtype in (torch.bfloat16, torch.float16) and x_TH.dtype == self.weight.dtype:

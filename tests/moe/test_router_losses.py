@@ -81,6 +81,16 @@ def test_router_computes_in_fp32_for_a_bf16_model() -> None:
     assert torch.equal(router(x_TH), x_TH.float() @ router.weight.float().T)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_bias_is_never_rounded(dtype: torch.dtype) -> None:
+    router = make_router()
+    router.expert_bias.fill_(0.1001)
+    moved = router.to(dtype)
+    assert moved.weight.dtype == dtype
+    assert moved.expert_bias.dtype == torch.float32
+    assert torch.equal(moved.expert_bias, torch.full((8,), 0.1001))
+
+
 def test_bias_selects_but_does_not_weigh() -> None:
     router = identity_router(2)
     router.expert_bias.copy_(torch.tensor([0.0, -1.0, 0.25, 0.0]))
