@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from occult_train.kernels.launching import INTERPRETED, kind, power_of_2
+from occult_train.kernels.launching import INTERPRETED, fire, look, power_of_2
 
 DEPTH = 64
 """Every BLOCK_K divides it: kernels skip tails for widths that are multiples of it."""
@@ -75,7 +75,8 @@ _COMPILED: dict[Any, tuple[Any, int, tuple[Any, ...]]] = {}
 
 def _launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     device = torch.cuda.current_device()
-    key = (kernel, device, *constants.values(), *map(_decisive, args, _modes(kernel)))
+    values, kinds = look(args)
+    key = (kernel, device, *constants.values(), *map(_decisive, args, kinds, _modes(kernel)))
     found = _COMPILED.get(key)
     if found is None:
         count = _multiprocessors(device)
@@ -85,7 +86,7 @@ def _launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> No
         _COMPILED[key] = compiled, count * chosen["RESIDENT"], tail
         return
     compiled, programs, tail = found
-    compiled[programs, 1, 1](*args, *tail)
+    fire(compiled, (programs,), device, values, tail)
 
 
 @functools.cache
@@ -94,10 +95,10 @@ def _modes(kernel: Any) -> tuple[bool, ...]:
     return tuple(p.name in kernel.keys or not p.do_not_specialize for p in kernel.fn.params)
 
 
-def _decisive(value: Any, counts: bool) -> Any:
+def _decisive(value: Any, kind: Any, counts: bool) -> Any:
     if isinstance(value, int):
         return value if counts else None
-    return kind(value)
+    return kind
 
 
 def use_descriptors(*tensors: Tensor | None) -> bool:

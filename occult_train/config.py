@@ -20,7 +20,7 @@ from occult_train.models.config import ModelConfig
 DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
 BALANCES = ("aux_loss", "bias", "none")
 BACKENDS = ("auto", "reference", "fused")
-MATMULS = ("auto", "library", "triton", "mixed")
+MATMULS = ("auto", "library", "triton", "joint", "mixed")
 TRANSPORTS = ("auto", "collective", "symmetric", "host")
 SCOPES = ("micro_batch", "global_batch")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -38,8 +38,8 @@ class MoEConfig:
     backend: str = "auto"
     """fused (Triton kernels; see moe/fused.py), reference (plain torch), or auto: fused on GPUs, else reference."""
     matmul: str = "auto"
-    """Of the fused backend: library (torch's grouped product), triton, mixed (the library for weight gradients alone),
-    or auto: the fastest, measured at the start."""
+    """Of the fused backend: library (torch's grouped product), triton, joint (triton, with gate, up and SwiGLU in one
+    kernel), mixed (triton, the library for weight gradients), or auto: the fastest, measured at the start."""
     transport: str = "auto"
     """Of the fused backend: collective (all-to-all), symmetric (kernels write into the peers' memory; NVLink), host
     (through pinned memory; one host without peer access), or auto: the fastest, measured at the start."""

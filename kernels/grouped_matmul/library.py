@@ -65,7 +65,7 @@ def zero_empty(out_LMN: Tensor, ends_L: Tensor) -> None:
     """Write zeros for experts without rows, in place; for the others nothing is read or written."""
     block = 4096
     size = out_LMN.stride(0)
-    _zero_empty_kernel[(out_LMN.shape[0], triton.cdiv(size, 16 * block))](out_LMN, ends_L, size, BLOCK=block, TURNS=16)
+    _zero_empty_kernel[(out_LMN.shape[0], -(-size // (16 * block)))](out_LMN, ends_L, size, BLOCK=block, TURNS=16)
 
 
 @quick

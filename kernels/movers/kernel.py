@@ -178,7 +178,7 @@ def _width(hidden: int) -> dict[str, int]:
 
 
 def _grid(rows: int, hidden: int) -> tuple[int, int]:
-    return rows, triton.cdiv(hidden, min(power_of_2(hidden), 2048))
+    return rows, -(-hidden // min(power_of_2(hidden), 2048))
 
 
 @quick

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from occult_train.kernels.launching import power_of_2, quick
+from occult_train.kernels.launching import parts, power_of_2, quick
 from occult_train.kernels.positions.reference import BLOCK_MULTIPLE, NO_LIMIT, Geometry, Layout
 
 
@@ -198,14 +198,8 @@ def layout(counts_DCV: Tensor, geometry: Geometry, room: int = NO_LIMIT) -> Layo
     if tuple(counts_DCV.shape) != (g.devices, g.chunks, g.width):
         raise ValueError(f"counts {tuple(counts_DCV.shape)}, geometry wants {(g.devices, g.chunks, g.width)}")
 
-    def new(*shape: int) -> Tensor:
-        return counts_DCV.new_empty(shape, dtype=torch.int32)
-
-    segments = (g.segments, g.local)
-    found = Layout(
-        new(g.chunks, g.experts), new(g.chunks, g.devices), new(*segments), new(*segments),
-        new(g.devices), new(g.devices), new(g.devices),
-    )  # fmt: skip
+    shapes = [(g.chunks, g.experts), (g.chunks, g.devices), *[(g.segments, g.local)] * 2, *[(g.devices,)] * 3]
+    found = Layout(*parts(counts_DCV, torch.int32, shapes))
     _layout_kernel[(1,)](
         counts_DCV.contiguous(), found.base_CE, found.send_CD, found.ends_GL, found.relative_GL,
         found.put_D, found.back_D, found.arrive_D, room,
@@ -218,8 +212,7 @@ def layout(counts_DCV: Tensor, geometry: Geometry, room: int = NO_LIMIT) -> Layo
 def positions(slots_TK: Tensor, blocks: Tensor, found: Layout, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `positions`; `blocks` comes from `count`."""
     tokens, k = _check(slots_TK, geometry)
-    position, own = (slots_TK.new_empty((tokens, k), dtype=torch.int32) for _ in range(2))
-    sends = slots_TK.new_empty((tokens, geometry.devices), dtype=torch.int32)
+    position, own, sends = parts(slots_TK, torch.int32, [(tokens, k), (tokens, k), (tokens, geometry.devices)])
     if tokens:
         _positions_kernel[(blocks.shape[0],)](
             slots_TK, blocks, found.base_CE, found.send_CD, position, own, sends, tokens, geometry.chunk_tokens,

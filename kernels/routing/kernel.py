@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from occult_train.kernels.launching import power_of_2, quick
+from occult_train.kernels.launching import parts, power_of_2, quick
 from occult_train.kernels.routing.reference import Routing
 
 LEAST = tl.constexpr(-3.0e38)
@@ -136,16 +136,15 @@ def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Rou
         ValueError: shapes or types that do not fit.
     """
     _check(logits_TE)
-    (tokens, experts), new = logits_TE.shape, logits_TE.new_empty
+    tokens, experts = logits_TE.shape
     if bias_E.shape != (experts,) or bias_E.dtype != torch.float32 or not 0 < top_k <= experts:
         raise ValueError(f"{experts} experts, {top_k} a token, bias {bias_E.dtype} {tuple(bias_E.shape)}")
     block = _block(experts)
     blocks = -(-tokens // block["B"])
-    sums = new(blocks, 2 * experts + 1)
-    found = Routing(
-        new((tokens, top_k), dtype=torch.int64), new(tokens, top_k), new(experts), new(()),
-        new((experts,), dtype=torch.int64),
-    )  # fmt: skip
+    chosen, counts = parts(logits_TE, torch.int64, [(tokens, top_k), (experts,)])
+    weights, mean, z = parts(logits_TE, torch.float32, [(tokens, top_k), (experts,), ()])
+    found = Routing(chosen, weights, mean, z, counts)
+    sums = logits_TE.new_empty(blocks, 2 * experts + 1)
     if tokens:
         _forward_kernel[(blocks,)](
             logits_TE, bias_E, found.experts_TK, found.weights_TK, sums, tokens,

@@ -87,7 +87,7 @@ def _matmuls(shape: Shape, grid: Grid, wanted: Wanted) -> list[str]:
     has_library = library.supported(shape.dtype, device, widths, shape.experts // grid.expert_size)
     if wanted.matmul in ("library", "mixed") and not has_library:
         raise ValueError(f"matmul={wanted.matmul} does not take {shape.dtype} of widths {widths} here")
-    return [m for m in MATMULS if wanted.matmul in ("auto", m) and (m == "triton" or has_library)]
+    return [m for m in MATMULS if wanted.matmul in ("auto", m) and (m in ("triton", "joint") or has_library)]
 
 
 def choose(shape: Shape, grid: Grid, wanted: Wanted) -> tuple[Way, str]:

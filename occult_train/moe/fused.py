@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from occult_train.kernels.gather_matmul.kernel import gather_swiglu
 from occult_train.kernels.grouped_matmul import kernel as triton_matmul
 from occult_train.kernels.grouped_matmul import library as library_matmul
 from occult_train.moe.fused_backward import Backward
 from occult_train.moe.fused_forward import Forward
-from occult_train.moe.routes import Room, find_routes
+from occult_train.moe.routes import HostCopy, Room, find_routes
 from occult_train.moe.transport import CollectiveTransport, HostTransport, SymmetricTransport, Transport
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
 MATMULS: dict[str, Any] = {
     "triton": triton_matmul,
+    "joint": SimpleNamespace(
+        nt=triton_matmul.nt, nn=triton_matmul.nn, tn=triton_matmul.tn, gather_swiglu=gather_swiglu
+    ),
     "mixed": SimpleNamespace(nt=triton_matmul.nt, nn=triton_matmul.nn, tn=library_matmul.tn),
     "library": library_matmul,
 }
@@ -43,7 +47,8 @@ class Way:
     """One of several ways to compute the same."""
 
     matmul: str = "library"
-    """library (torch's grouped product), triton, or mixed: the library's for weight gradients alone."""
+    """library (torch's grouped product), triton, joint (triton, with gate, up and SwiGLU in one kernel), or mixed: the
+    library's for weight gradients alone."""
     transport: str = "collective"
     """collective (all-to-all), symmetric (kernels write into the peers' memory) or host (copy engines, through pinned
     memory)."""
@@ -61,6 +66,7 @@ class FusedExperts:
         self.matmul = MATMULS[way.matmul]
         self.room: Room | None = None
         """For the next forward."""
+        self.to_host = HostCopy()
         self.transport: Transport = TRANSPORTS[way.transport](grid, traffic)
 
     @torch.compiler.disable
@@ -115,7 +121,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         transport, grid = layer.transport, layer.grid
         room = layer.room if transport.one_sided else None
-        routes = find_routes(slots, grid, layer.num_experts, layer.way.chunks, room, transport.gather)
+        routes = find_routes(slots, grid, layer.num_experts, layer.way.chunks, room, transport.gather, layer.to_host)
         forward = Forward(layer, routes, x, weights, (w1, w2, w3), keep)
         y = forward.run()
         ctx.save_for_backward(x, weights, w1, w2, w3)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
-from occult_train.kernels.swiglu import kernel as swiglu
 from occult_train.moe.fused_steps import EXTRAS, Steps
 from occult_train.moe.routes import Counts, Room, Routes, Segment
 from occult_train.moe.transport import Back
@@ -90,10 +89,10 @@ class Forward:
 
     def _experts(self, g: int, x_XH: Tensor) -> Tensor:
         """Step 3: [X, H] -> [X, H]."""
-        gate, up = self.steps.gate_up(x_XH, self.w1, self.w3, g)
-        if self.keep and not self.layer.recompute:
-            self.kept += [gate, up]
-        return self.layer.matmul.nt(swiglu.forward(gate, up), self.w2, self.routes.layout.relative_GL[g])
+        keep = self.keep and not self.layer.recompute
+        kept, h_XF = self.steps.activations(x_XH, self.w1, self.w3, g, keep)
+        self.kept += kept
+        return self.layer.matmul.nt(h_XF, self.w2, self.routes.layout.relative_GL[g])
 
     def _give_back(self, segment: Segment, arrived: Tensor, y_XH: Tensor) -> None:
         """Step 4."""

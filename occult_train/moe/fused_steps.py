@@ -9,6 +9,7 @@ from torch import Tensor
 from occult_train.kernels.grouped_matmul import library
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
+from occult_train.kernels.swiglu import kernel as swiglu
 from occult_train.moe.routes import Counts, Routes, Segment
 from occult_train.moe.transport import Transport
 
@@ -24,7 +25,7 @@ class Steps:
     """One forward's plan, and the steps that backward takes again."""
 
     matmul: Any
-    """Has nt, nn and tn of kernels/grouped_matmul."""
+    """Has nt, nn and tn of kernels/grouped_matmul, and perhaps gather_swiglu of kernels/gather_matmul."""
     transport: Transport
     routes: Routes
     counts: Counts
@@ -55,6 +56,14 @@ class Steps:
         """Pre-activations [X, F] of segment g."""
         ends = self.routes.layout.relative_GL[g]
         return self.matmul.nt(x_XH, w1, ends), self.matmul.nt(x_XH, w3, ends)
+
+    def activations(self, x_XH: Tensor, w1: Tensor, w3: Tensor, g: int, keep: bool) -> tuple[list[Tensor], Tensor]:
+        """Pre-activations [X, F] of segment g if they are to be kept, and what goes into the down projection."""
+        if hasattr(self.matmul, "gather_swiglu"):
+            found = self.matmul.gather_swiglu(x_XH, None, w1, w3, self.routes.layout.relative_GL[g], keep)
+            return ([*found[:2]], found[2]) if keep else ([], found)
+        gate, up = self.gate_up(x_XH, w1, w3, g)
+        return [gate, up] if keep else [], swiglu.forward(gate, up)
 
     def input_gradient(self, both_X2F: Tensor, w1: Tensor, w3: Tensor, g: int) -> list[Tensor]:
         """Terms [X, H] whose sum is the gradient of the expanded rows: two of the library's, which merging adds in

@@ -112,7 +112,8 @@ class MoELayer(ExpertParallelLayer):
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""
         slots_TK = self.expert_to_slot[routing.experts_TK]
-        self.meter.add(slots_TK // self.num_local_experts)
+        if self.meter.enabled:
+            self.meter.add(slots_TK // self.num_local_experts)
         return slots_TK
 
     def _shared(self, x_TH: Tensor) -> Tensor:

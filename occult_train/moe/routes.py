@@ -134,9 +134,36 @@ def all_gather(numbers: Tensor, grid: Grid) -> Tensor:
     return gathered.view(grid.expert_size, *numbers.shape)
 
 
+class HostCopy:
+    """Copies numbers to the host, again and again into the same pinned memory."""
+
+    def __init__(self) -> None:
+        self._pinned: Tensor | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def __call__(self, numbers: Tensor) -> Callable[[], Tensor]:
+        """Start copying; the result waits for the copy alone, not for what was launched after it. Good until the next
+        call."""
+        if not numbers.is_cuda:
+            return lambda: numbers
+        if self._pinned is None or self._pinned.shape != numbers.shape:
+            self._pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._done = torch.cuda.Event()
+        pinned, done = self._pinned, self._done
+        assert done is not None
+        pinned.copy_(numbers, non_blocking=True)
+        done.record()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return pinned
+
+        return wait
+
+
 def find_routes(
     slots_TK: Tensor, grid: Grid, experts: int, chunks: int, room: Room | None = None,
-    gather: Callable[[Tensor, Grid], Tensor] = all_gather,
+    gather: Callable[[Tensor, Grid], Tensor] = all_gather, to_host: HostCopy | None = None,
 ) -> Routes:  # fmt: skip
     """Plan one forward. Collective over the expert-parallel group (D·C·(E + D) numbers are gathered).
 
@@ -144,6 +171,7 @@ def find_routes(
         slots_TK: [T, K] int64 slots of the chosen experts; T may differ between ranks.
         chunks: into which tokens are cut so that exchange and computing overlap; 0 computes all rows at once.
         room: rows there is memory for, if not for all; then products end there. For one segment.
+        to_host: of whoever does this again and again, and asks for the counts in between.
     """
     devices = grid.expert_size
     tokens, k = slots_TK.shape
@@ -154,7 +182,7 @@ def find_routes(
     counts_DCV = counts_CV[None]
     if devices > 1:
         counts_DCV = gather(counts_CV, grid)
-    host = _to_host(counts_DCV) if devices > 1 else None
+    host = (to_host or HostCopy())(counts_DCV) if devices > 1 else None
     layout = kernel.layout(counts_DCV, geometry, NO_LIMIT if room is None else room.expanded)
     maps = kernel.positions(slots_TK, blocks, layout, geometry)
 
@@ -164,22 +192,6 @@ def find_routes(
         return _count(host().tolist(), geometry)
 
     return Routes(geometry, layout, slots_TK, *maps, counts)
-
-
-def _to_host(counts: Tensor) -> Callable[[], Tensor]:
-    """Start copying to the host; the result waits for the copy alone, not for what was launched after it."""
-    if not counts.is_cuda:
-        return lambda: counts
-    pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-    pinned.copy_(counts, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> Tensor:
-        done.synchronize()
-        return pinned
-
-    return wait
 
 
 def _count(counts_DCV: list[list[list[int]]], g: Geometry) -> Counts:

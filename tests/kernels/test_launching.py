@@ -17,8 +17,12 @@ class Compiled:
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.launches.append((grid, args))
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, x: int, y: int, z: int, stream: int, *args: Any) -> None:
+        assert stream == 7
+        assert args[:5] == ("function", "metadata", None, None, None)
+        self.launches.append(((x, y, z), args[5:]))
 
 
 class Function:
@@ -43,7 +47,13 @@ class Function:
 def function(monkeypatch: pytest.MonkeyPatch) -> Function:
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     return Function()
+
+
+def launched(*args: Any) -> tuple[Any, ...]:
+    """Addresses in place of tensors."""
+    return tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def aligned(offset: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -58,7 +68,7 @@ def test_a_variant_is_compiled_once_and_launched_with_its_constants(function: Fu
     for rows in (3, 4, 5):
         quick[(rows, 2)](x, 32, K=8, BH=64, num_warps=4)
     assert function.calls == [((3, 2), (x, 32), {"K": 8, "BH": 64, "num_warps": 4})]
-    assert function.made[0].launches == [((4, 2, 1), (x, 32, 8, 64)), ((5, 2, 1), (x, 32, 8, 64))]
+    assert function.made[0].launches == [((4, 2, 1), launched(x, 32, 8, 64)), ((5, 2, 1), launched(x, 32, 8, 64))]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,10 @@ def test_arguments_of_another_kind_take_another_variant(
         quick[(1,)](*first, K=8, BH=64)
         quick[(1,)](*second, K=8, BH=64)
     assert [args for _, args, _ in function.calls] == [first, second]
-    assert [[args[:2] for _, args in made.launches] for made in function.made] == [[first], [second]]
+    assert [[args[:2] for _, args in made.launches] for made in function.made] == [
+        [launched(*first)],
+        [launched(*second)],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +109,7 @@ def test_arguments_of_one_kind_share_a_variant(
     quick[(1,)](*first, K=8, BH=64)
     quick[(1,)](*second, K=8, BH=64)
     assert len(function.calls) == 1
-    assert function.made[0].launches == [((1, 1, 1), (*second, 8, 64))]
+    assert function.made[0].launches == [((1, 1, 1), launched(*second, 8, 64))]
 
 
 @pytest.mark.parametrize("constants", [{"K": 4}, {"BH": 128}, {"num_warps": 8}])

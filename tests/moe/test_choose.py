@@ -17,7 +17,7 @@ from occult_train.parallel.grid import Grid
 
 SHAPE = Shape(64, 32, 8, 2, 16, torch.bfloat16)
 ONE, TWO = Grid(), Grid(world_size=2, expert_size=2)
-MATMULS = ("triton", "mixed", "library")
+MATMULS = ("triton", "joint", "mixed", "library")
 OVERLAPS = {"none": (0,), "1": (1,), "3": (3,), "auto": CHUNKS}
 Machine = Callable[[bool, bool, bool], None]
 
@@ -58,7 +58,7 @@ def test_candidates_of_all_settings(
             with pytest.raises(ValueError, match=f"transport={transport} needs|matmul={matmul} does not take"):
                 candidates(SHAPE, grid, wanted)
             continue
-        matmuls = [m for m in MATMULS if matmul in ("auto", m) and (m == "triton" or has_library)]
+        matmuls = [m for m in MATMULS if matmul in ("auto", m) and (m in ("triton", "joint") or has_library)]
         transports = expected_transports(transport, several, peers, one_host)
         expected = {
             Way(m, t, c)
@@ -130,7 +130,7 @@ def test_the_fastest_is_chosen(matmul: str, transport: str, chunks: int, trial: 
     made = trial(costs(matmul, transport, chunks))
     best, text = choose.choose(SHAPE, TWO, Wanted())
     assert best == Way(matmul, transport, chunks)
-    assert len(made.measured) == len(set(made.measured)) == 2 * len(CHUNKS) + 2  # the other products with one transport
+    assert len(made.measured) == len(set(made.measured)) == 2 * len(CHUNKS) + 3  # the other products with one transport
     cut = f", {chunks} chunks" if chunks else ""
     start = f"{matmul} products, {transport} transport{cut}"
     assert text.startswith(f"{start}: fastest, in ms forward and backward: {start} 1.00, ")

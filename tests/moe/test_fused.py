@@ -31,6 +31,7 @@ FEWER = {
     "one device": WAYS[2:],
     "four ranks": WAYS[::2] + WAYS[3:],
     "one expert a rank": WAYS[1::2],
+    "primes": [*WAYS, Way("joint", "symmetric", 0), Way("joint", "collective", 1)],
 }
 """Ways of problems that do not take all: even an empty one takes the interpreter half a second."""
 Case = tuple[str, Way, bool]
@@ -117,8 +118,8 @@ def groups() -> list[tuple[int, list[Case]]]:
     found: dict[int, list[Case]] = {}
     for number, (name, problem) in enumerate(PROBLEMS.items()):
         ranks = len(problem.tokens)
-        for way in FEWER.get(name, WAYS if ranks > 1 else WAYS[:1]):
-            found.setdefault(ranks, []).append((name, way, (number + WAYS.index(way)) % 2 == 1))
+        for turn, way in enumerate(FEWER.get(name, WAYS if ranks > 1 else WAYS[:1])):
+            found.setdefault(ranks, []).append((name, way, (number + turn) % 2 == 1))
     return sorted(found.items())
 
 

@@ -50,7 +50,8 @@ def rank_measures(rank: int, cases: list[tuple[int, bool]]) -> list[tuple[int, i
         tokens, k, arrived = TWO.tokens[rank], TWO.top_k, sum(row[rank] for row in TWO.rows())
         row = -(-(HIDDEN * 4 + 2 * k * 4) // LEAST_ROW) * LEAST_ROW
         pre_activations = 0 if recompute else 2 * steps.counts.expanded * WIDTH * 4
-        found.append((nbytes, arrived * row + pre_activations + (2 * k + 2) * tokens * 4))
+        maps = sum(-(-tokens * width * 4 // 16) * 16 for width in (k, k, 2))
+        found.append((nbytes, arrived * row + pre_activations + maps))
     return found
 
 
