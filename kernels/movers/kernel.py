@@ -8,6 +8,7 @@ Example of merge, K=2: positions [[0, 3], [2, -1]], weights [[.5, .5], [1, 0]] g
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -171,6 +172,7 @@ def _combine_kernel(
             tl.store(scalars + t * K + k, value, mask=k < K)
 
 
+@cache
 def _width(hidden: int) -> dict[str, int]:
     """Columns of a program, and its warps: 16 elements a thread."""
     columns = min(power_of_2(hidden), 2048)
@@ -178,7 +180,7 @@ def _width(hidden: int) -> dict[str, int]:
 
 
 def _grid(rows: int, hidden: int) -> tuple[int, int]:
-    return rows, -(-hidden // min(power_of_2(hidden), 2048))
+    return rows, -(-hidden // _width(hidden)["BH"])
 
 
 @quick

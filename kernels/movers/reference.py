@@ -6,6 +6,7 @@ of 4 bytes for each of its `extras`: expanded positions (int32), weights (fp32),
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,17 +22,17 @@ class Wire:
     extras: int
     """How many groups of K words follow the row."""
 
-    @property
+    @cached_property
     def first_word(self) -> int:
         """Where the extras begin, in words of 4 bytes."""
         return -(-self.hidden * self.dtype.itemsize // 16) * 4
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of a row, a multiple of 32: so is the address of each row, if that of the first is."""
         return -(-(self.first_word + self.extras * self.top_k) * 4 // 32) * 32
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Elements of `dtype` in a row."""
         return self.nbytes // self.dtype.itemsize

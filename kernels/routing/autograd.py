@@ -29,7 +29,13 @@ class _Route(torch.autograd.Function):
         return d_logits, None, None, None  # bias, top_k, normalise
 
 
-@torch.compiler.disable
 def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:
     """As the reference's."""
+    if torch.compiler.is_compiling():  # nothing to be compiled in here
+        return _apart(logits_TE, bias_E, top_k, normalise)
     return Routing(*_Route.apply(logits_TE, bias_E, top_k, normalise))
+
+
+@torch.compiler.disable
+def _apart(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:
+    return route(logits_TE, bias_E, top_k, normalise)

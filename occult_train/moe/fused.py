@@ -69,7 +69,6 @@ class FusedExperts:
         self.to_host = HostCopy()
         self.transport: Transport = TRANSPORTS[way.transport](grid, traffic)
 
-    @torch.compiler.disable
     def __call__(
         self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
     ) -> Tensor:
@@ -87,10 +86,16 @@ class FusedExperts:
         Raises:
             ValueError: shapes or types that do not belong together.
         """
+        if torch.compiler.is_compiling():  # nothing to be compiled in here
+            return self._apart(x_TH, slots_TK, weights_TK, w1, w2, w3)
         self._check(x_TH, slots_TK, weights_TK, w1, w2, w3)
         inputs = (x_TH.contiguous(), weights_TK.float().contiguous(), w1, w2, w3)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         return _Fused.apply(*inputs, slots_TK.contiguous(), self, keep)
+
+    @torch.compiler.disable
+    def _apart(self, *args: Tensor) -> Tensor:
+        return self(*args)
 
     def _check(self, x: Tensor, slots: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
         local, width, hidden = w1.shape
