@@ -8,9 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Seed = tuple[int, ...]
+"""Any whole numbers that are not negative."""
+_RESERVOIR, _SHARES, _PICK = range(1, 4)
+"""What numbers are drawn for; SeedSequence takes no notice of zeros at its end."""
+
 
 @lru_cache(maxsize=4)
-def reservoir_draw(seed: int, seen: int, arriving: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def reservoir_draw(seed: Seed, seen: int, arriving: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which arriving items enter a reservoir, and where: algorithm R (Vitter, doi:10.1145/3147.3165) for many at once.
 
     The first `size` items of the stream fill the places in their order. Item i (from 0) after them takes a uniform
@@ -27,7 +32,7 @@ def reservoir_draw(seed: int, seen: int, arriving: int, size: int, device: torch
         indices among the arriving items and places in the reservoir, both int64 [A] on `device`, places distinct.
     """
     positions = np.arange(seen, seen + arriving)
-    places = _generator(seed, seen).integers(0, positions + 1)
+    places = _generator(_RESERVOIR, *seed, seen).integers(0, positions + 1)
     places = np.where(positions < size, positions, places)
     entering = np.flatnonzero(places < size)
     # np.unique finds first occurrences: of the reversed row, the last one
@@ -53,7 +58,7 @@ def shares(totals: list[int], held: list[int], limit: int | None, seed: int) -> 
     size = min([sum(totals), *incomplete, *([] if limit is None else [limit])])
     if size == sum(totals):
         return list(totals)
-    chosen = _generator(seed, 0).choice(sum(totals), size, replace=False, shuffle=False)
+    chosen = _generator(_SHARES, seed).choice(sum(totals), size, replace=False, shuffle=False)
     part = np.searchsorted(np.cumsum(totals), chosen, side="right")
     return np.bincount(part, minlength=len(totals)).tolist()
 
@@ -62,9 +67,9 @@ def pick(rows: Tensor, count: int, seed: int, part: int) -> Tensor:
     """`count` of the rows, uniformly without replacement, in their order; `part` sets draws of one seed apart."""
     if count == len(rows):
         return rows
-    chosen: NDArray[Any] = _generator(seed, 1 + part).choice(len(rows), count, replace=False, shuffle=False)
-    return rows[torch.from_numpy(np.sort(chosen))]
+    chosen: NDArray[Any] = _generator(_PICK, seed, part).choice(len(rows), count, replace=False, shuffle=False)
+    return rows[torch.from_numpy(np.sort(chosen)).to(rows.device)]
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream))))
+def _generator(*seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
