@@ -54,6 +54,13 @@ class LayerStatistics:
     sets_NK: Tensor
     """[N, K] int16: a uniform sample of the tokens' whole choices, each in ascending order of expert."""
 
+    @classmethod
+    def of(cls, tokens: int, products_EE: Tensor, sets_NK: Tensor) -> "LayerStatistics":
+        """From C^T C of the choices as zeros and ones C [T, E], whose diagonal are the loads."""
+        pairs_EE = products_EE.to("cpu", torch.int64, copy=True)
+        loads_E = pairs_EE.diagonal().clone()
+        return cls(tokens, loads_E, pairs_EE.fill_diagonal_(0), sets_NK.cpu())
+
 
 class CollaborationMeter:
     """Sums `CollaborationCounts` of one layer while `enabled`; costs nothing otherwise."""

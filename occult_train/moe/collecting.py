@@ -56,10 +56,8 @@ class RoutingCollector:
             tokens_RL = torch.cat(_all_gather(tokens_RL))
         layers = {}
         for at, (index, counter) in enumerate(self.counters.items()):
-            pairs_EE, tokens = pairs_LEE[at].cpu(), tokens_RL[:, at].tolist()
-            loads_E = pairs_EE.diagonal().clone()
-            pairs_EE.fill_diagonal_(0)
-            layers[index] = LayerStatistics(sum(tokens), loads_E, pairs_EE, self._sets(counter, tokens))
+            tokens = tokens_RL[:, at].tolist()
+            layers[index] = LayerStatistics.of(sum(tokens), pairs_LEE[at], self._sets(counter, tokens))
         first = counters[0]
         return RoutingStatistics(first.experts, first.top_k, layers, provenance)
 
@@ -67,12 +65,12 @@ class RoutingCollector:
         """One uniform sample of all ranks' tokens; each rank sends only its share of it."""
         sets_NK = counter.sets(self.device)
         if self.ranks == 1:
-            return sets_NK.cpu()
+            return sets_NK
         counts = shares(tokens, [min(n, self.sample) for n in tokens], self.sample, self.seed)
         padded_NK = sets_NK.new_zeros(max(counts), counter.top_k)
         padded_NK[: counts[self.rank]] = pick(sets_NK, counts[self.rank], self.seed, self.rank)
         parts = _all_gather(padded_NK.view(torch.uint8))  # neither gloo nor NCCL knows int16
-        return torch.cat([p.view(torch.int16)[:n] for p, n in zip(parts, counts, strict=True)]).cpu()
+        return torch.cat([p.view(torch.int16)[:n] for p, n in zip(parts, counts, strict=True)])
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
