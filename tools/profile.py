@@ -12,11 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from occult_train import distributed
+from occult_train.checkpoint.store import Checkpoint
 from occult_train.errors import UserError, writing
-from occult_train.inference import open_run
+from occult_train.inference import checkpoint_config, open_run
 from occult_train.moe.collaboration import LayerStatistics, mean_devices
 from occult_train.moe.collecting import DEFAULT_SAMPLE
 from occult_train.moe.statistics import RoutingStatistics
+from occult_train.moe.statistics import merge as merge_statistics
 from occult_train.moe.trace import read_trace
 from occult_train.parallel.grid import Grid
 from occult_train.profiling import Profile, Wanted
@@ -34,36 +36,69 @@ def command(
     ] = None,
     sample: Annotated[int, typer.Option(help="Tokens whose whole choice is kept.", min=1)] = DEFAULT_SAMPLE,
     batch: Annotated[int, typer.Option(help="Sequences at a time. [default: the run's micro-batch]", min=0)] = 0,
-    expert: Annotated[int, typer.Option(help="Ranks over which experts are spread, if torchrun starts some.")] = 1,
+    expert: Annotated[int, typer.Option(help="Ranks that share the experts, if torchrun starts some.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample.", min=0)] = 0,
     trace: Annotated[str, typer.Option(help="In place of a checkpoint: Megatron-Core's routing trace (folder).")] = "",
     experts: Annotated[int, typer.Option(help="Experts of a layer, with --trace.", min=0)] = 0,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Statistics of other text to add; several, or no checkpoint, as well.")
+    ] = None,
 ) -> None:
     """Run CHECKPOINT over a corpus and write routing statistics, from which `occult place` makes a placement.
 
     One process uses one device. For more: torchrun --nproc-per-node=N -m occult_train.launcher.cli profile ...
     """
-    if bool(checkpoint) == bool(trace):
-        raise UserError("name a checkpoint or a run, or --trace=FOLDER in its place")
-    if trace:
-        if not output or not experts:
-            raise UserError(f"--trace={trace} needs --experts and --output")
-        _finish(read_trace(Path(trace), experts, sample, seed), output)
-        return
-    grid = _join(expert)
-    opened = open_run(checkpoint)
+    if checkpoint and trace:
+        raise UserError(f"{checkpoint} and --trace={trace} are two things to profile; name one")
+    if not (checkpoint or trace or merge):
+        raise UserError("name a checkpoint or a run, or in its place --trace=FOLDER, or --merge=FILE to add files up")
+    if trace and not experts:
+        raise UserError(f"--trace={trace} does not say how many experts there are: --experts")
+    if not checkpoint and output is None:
+        raise UserError("without a checkpoint there is no folder to write to: --output")
+    others = [(str(path), RoutingStatistics.load(path)) for path in merge or []]
+    counted = [(trace, read_trace(Path(trace), experts, sample, seed))] if trace else []
+    if checkpoint:
+        grid = _join(expert)
+        opened = open_run(checkpoint)
+        output = output or opened.folder.parent.parent / f"statistics-{part}.safetensors"
+        _check_early(opened, others, output)
+        statistics = _profile(opened, Wanted(data, part, tokens, sample, batch), grid, seed)
+        distributed.shutdown()
+        if grid.rank:
+            return
+        counted = [(checkpoint, statistics)]
+    assert output is not None
+    _finish(_merged(counted + others, sample, seed), output)
+
+
+def _check_early(checkpoint: Checkpoint, others: list[tuple[str, RoutingStatistics]], output: Path) -> None:
+    """Refuse before the work what would be refused after it."""
+    model = checkpoint_config(checkpoint).model
+    for name, part in others:
+        part.check_model(model.moe_layers, model.num_experts, model.num_experts_per_tok, name)
+    with writing(f"--output={output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _profile(checkpoint: Checkpoint, wanted: Wanted, grid: Grid, seed: int) -> RoutingStatistics:
+    """Run the model over the text, with a progress bar on a terminal."""
     console = Console(stderr=True, quiet=grid.rank > 0, highlight=False, soft_wrap=True)
-    profile = Profile(opened, Wanted(data, part, tokens, sample, batch), grid, console.print)
+    profile = Profile(checkpoint, wanted, grid, console.print)
 
     def follow(rounds: Iterator[int]) -> Iterator[int]:
         columns = (TextColumn("profiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
             yield from bar.track(rounds, total=profile.rounds)
 
-    statistics = profile.run(seed, follow)
-    if grid.rank == 0:
-        _finish(statistics, output or opened.folder.parent.parent / f"statistics-{part}.safetensors")
-    distributed.shutdown()
+    return profile.run(seed, follow)
+
+
+def _merged(parts: list[tuple[str, RoutingStatistics]], sample: int, seed: int) -> RoutingStatistics:
+    (_, first), *rest = parts
+    for name, part in rest:
+        part.check_model(list(first.layers), first.num_experts, first.top_k, name)
+    return merge_statistics([part for _, part in parts], sample, seed)
 
 
 def _join(expert: int) -> Grid:

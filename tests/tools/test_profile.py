@@ -173,6 +173,8 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", "stuvwxyz")
     bare = str(run.parent / "text" / "corpus" / "train")
     (tmp_path / "file").write_text("")
+    foreign = tmp_path / "foreign"
+    command(trace=str(write_trace(tmp_path / "t")), experts=4, output=foreign)
     for arguments, message in (
         ({"data": "nowhere"}, "--data=nowhere does not exist"),
         ({"data": str(other)}, "made with another tokenizer than"),
@@ -180,8 +182,11 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         ({"part": "test"}, "--part=test is not one of valid, train"),
         ({"expert": 2}, "--expert=2 needs as many ranks"),
         ({"checkpoint": ""}, "name a checkpoint or a run"),
-        ({"trace": "t"}, "name a checkpoint or a run"),
-        ({"checkpoint": "", "trace": "t"}, "--trace=t needs --experts and --output"),
+        ({"trace": "t"}, "are two things to profile"),
+        ({"checkpoint": "", "trace": "t"}, "--trace=t does not say how many experts there are: --experts"),
+        ({"checkpoint": "", "trace": "t", "experts": 4}, "there is no folder to write to: --output"),
+        ({"merge": [tmp_path / "none"]}, "none cannot be read"),
+        ({"merge": [foreign]}, f"{foreign} are of another model: model.num_experts 4 there, 8 here"),
         ({"output": tmp_path / "file" / "s", "tokens": 32}, "cannot be written"),
         ({"checkpoint": str(tmp_path / "none")}, "does not exist"),
     ):
@@ -234,6 +239,24 @@ def test_a_routing_trace_of_megatron_core_is_read(tmp_path: Path) -> None:
     assert second.sets_NK.tolist() == [[2, 3]]
     alone = read_trace(tmp_path / "t" / "router_trace_rank1.jsonl", 4, 10)
     assert alone.layers[1].loads_E.tolist() == [2, 0, 1, 1]
+
+
+def test_files_are_added_up(tmp_path: Path) -> None:
+    """A trace and two files, then files alone; another model's is refused by its name."""
+    trace = str(write_trace(tmp_path / "t"))
+    first, second, eight = tmp_path / "1", tmp_path / "2", tmp_path / "8"
+    command(trace=trace, experts=4, output=first)
+    command(trace=trace, experts=4, output=second, merge=[first, first])
+    command(merge=[second, first], output=first)
+    one, four = read_trace(Path(trace), 4, 10), RoutingStatistics.load(first)
+    for index, layer in one.layers.items():
+        assert four.layers[index].tokens == 4 * layer.tokens
+        assert torch.equal(four.layers[index].pairs_EE, 4 * layer.pairs_EE)
+        assert sorted(four.layers[index].sets_NK.tolist()) == sorted(4 * layer.sets_NK.tolist())
+    command(trace=trace, experts=8, output=eight)
+    with pytest.raises(StatisticsError) as error:
+        command(merge=[second, eight], output=first)
+    assert str(error.value) == f"statistics {eight} are of another model: model.num_experts 8 there, 4 here"
 
 
 def test_a_trace_whose_writer_was_killed_counts_up_to_there(tmp_path: Path) -> None:
