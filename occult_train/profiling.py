@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from occult_train.checkpoint.store import Checkpoint
-from occult_train.config import Config, DataConfig, MoEConfig
+from occult_train.config import Config, DataConfig
 from occult_train.data.corpus import Corpus, open_corpus
 from occult_train.data.loader import Samples, build_datasets
 from occult_train.data.samples import GPTDataset
@@ -70,7 +70,9 @@ class Profile:
         if self.device == CPU or config.train.precision == "fp16":
             config.train.precision = "fp32"
         config.train.micro_batch_size, config.parallel.expert = self.batch, self.grid.expert_size
-        config.moe = MoEConfig()  # on this machine it may be another that works, or is fastest
+        moe = config.moe  # another way may work here, or be the fastest, than where it was trained
+        moe.dispatcher = moe.backend = moe.matmul = moe.transport = moe.overlap = "auto"
+        moe.placement = "contiguous"
         way, chosen = choose_way(config, self.grid)
         say(chosen)
         dtype = PRECISIONS[config.train.precision]

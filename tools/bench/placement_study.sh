@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 mkdir -p "$work" "$output"
 
 if [ ! -f "$work/corpus/corpus.json" ]; then
-  [ -f "$work/mixed.jsonl" ] || "$python" -c 'import lzma, shutil, sys
+  "$python" -c 'import lzma, shutil, sys
 with lzma.open(sys.argv[1]) as packed, open(sys.argv[2], "wb") as out:
     shutil.copyfileobj(packed, out)' "$text" "$work/mixed.jsonl"
   time "$python" -m occult_train.launcher.cli prepare "$work/mixed.jsonl" --output "$work/corpus" \
