@@ -15,6 +15,7 @@ TOOLS = {
     "prepare": "Turn text into a corpus and a tokenizer.",
     "export": "Write a checkpoint as a Hugging Face model.",
     "generate": "Continue a prompt with a trained model.",
+    "profile": "Count how experts are chosen together.",
     "report": "Sum up a run.",
     "bench": "Measure layers and training steps against other implementations.",
 }

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -26,6 +27,18 @@ SCOPES = ("micro_batch", "global_batch")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant")
 CHECKPOINTING = ("none", "selective")
+
+
+@dataclass
+class StatisticsConfig:
+    """Counting how experts are chosen together, for `occult place`, over a window of training steps."""
+
+    start: int = 0
+    """Steps taken before the window."""
+    steps: int = 0
+    """Length of the window; 0 counts nothing. At its end statistics.safetensors lies in the output folder."""
+    sample: int = 100_000
+    """Tokens of each layer whose whole choice is kept, drawn uniformly over ranks and steps."""
 
 
 @dataclass
@@ -56,6 +69,7 @@ class MoEConfig:
     z_loss_coef: float = 0.001
     bias_update_rate: float = 0.001
     """Step of the balancing bias after each optimizer step (balance=bias)."""
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
 
 @dataclass
@@ -234,12 +248,15 @@ class Config:
             "train.micro_batch_size",
             "data.sequence_length",
             "monitor.interval",
+            "moe.statistics.sample",
         ):
             _at_least(path, _get(self, path), 1)
         for path in (
             "moe.aux_loss_coef",
             "moe.z_loss_coef",
             "moe.bias_update_rate",
+            "moe.statistics.start",
+            "moe.statistics.steps",
             "train.gradient_clipping",
             "optimizer.lr",
             "optimizer.eps",
@@ -384,7 +401,7 @@ def _explain(error: Exception, argument: str) -> str:
 
 
 def _is_section(path: str) -> bool:
-    return dataclasses.is_dataclass(getattr(Config(), path, None))
+    return dataclasses.is_dataclass(_get(Config(), path))
 
 
 def _paths(cls: type, prefix: str = "") -> list[str]:
@@ -398,8 +415,7 @@ def _paths(cls: type, prefix: str = "") -> list[str]:
 
 
 def _get(config: Config, path: str) -> Any:
-    section, name = path.split(".")
-    return getattr(getattr(config, section), name)
+    return reduce(getattr, path.split("."), config)
 
 
 def _one_of(path: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -30,6 +30,10 @@ class PlacementError(UserError):
     """An expert placement is not a permutation, or belongs to another model."""
 
 
+class StatisticsError(UserError):
+    """A file of routing statistics is missing, damaged, or of another model."""
+
+
 @contextmanager
 def writing(setting: str) -> Iterator[None]:
     """Turn an OSError met in the block, such as a full disk, into a UserError that names where was written to.

@@ -12,8 +12,7 @@ from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import Config
 from occult_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from occult_train.errors import CheckpointError, DataError
-from occult_train.models.gpt import GPT
-from occult_train.parallel.grid import Grid
+from occult_train.models.gpt import GPT, Runtime
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:
@@ -22,11 +21,16 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
 
 
 @torch.no_grad()
-def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
-    """The model with the checkpoint's weights, in evaluation mode, all experts on this device."""
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    runtime: Runtime | None = None,
+) -> GPT:
+    """The model with the checkpoint's weights, in evaluation mode; without `runtime` all experts on this device."""
     with torch.device(device):
-        model = GPT(checkpoint_config(checkpoint).model)
-    logical = logical_tensors(model, Grid())
+        model = GPT(checkpoint_config(checkpoint).model, runtime)
+    logical = logical_tensors(model, model.runtime.grid)
     check_fits(checkpoint, logical, ("param",))
     for tensor in logical:
         parts = [checkpoint.read(piece) for piece in tensor.pieces]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from occult_train import runlog
 from occult_train.meter import StepRecord
+from occult_train.moe.statistics import RoutingStatistics
+
+IMAGE_PIXELS = 384
+"""Width of images, if there are not more experts."""
 
 
 class Monitor:
@@ -96,6 +101,16 @@ class Monitor:
             return
         for layer, counts in zip(layers, loads.cpu(), strict=True):
             self.summary.add_histogram(f"moe/layer_{layer:02d}/tokens_per_expert", counts, step)
+
+    def collaboration(self, step: int, statistics: RoutingStatistics) -> None:
+        """Each layer's collaboration matrix as an image, expert by expert, black for the pair most often chosen."""
+        if self.summary is None:
+            return
+        for index, layer in statistics.layers.items():
+            share_EE = layer.pairs_EE / max(int(layer.pairs_EE.max()), 1)
+            pixels = max(1, IMAGE_PIXELS // statistics.num_experts)
+            image = ((1 - share_EE) * 255).to(torch.uint8).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+            self.summary.add_image(f"moe/layer_{index:02d}/collaboration", image[None], step)
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self.summary is not None:  # one event for all values; one each would cost ten times as much

@@ -21,6 +21,7 @@ from occult_train.meter import StepMeter, StepRecord, peak_flops
 from occult_train.monitor import Monitor
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
+from occult_train.statistics_window import StatisticsWindow
 from occult_train.stopvote import StopVote
 
 _ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -65,6 +66,7 @@ class Trainer:
         self.monitor = Monitor(self.output, self.engine.monitor, self.grid.rank, config.train.steps, resolved)
         row_bytes = config.model.hidden_size * _ROW_BYTES[config.train.precision]
         self.meter = StepMeter(self.model.moe_layers(), row_bytes, self.device)
+        self.window = StatisticsWindow(config, self.model.moe_layers(), self.device, self.monitor)
         self._resume()
         if self.grid.rank == 0:
             with writing(f"output={config.output}"):
@@ -99,6 +101,7 @@ class Trainer:
             return
         checkpoint_state.load(self.engine, self.grid, checkpoint)
         self.step, self.consumed = checkpoint.step, int(checkpoint.state["consumed_samples"])
+        self.window.resume(checkpoint.folder)
         self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
         self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}")
 
@@ -113,7 +116,8 @@ class Trainer:
         started = time.perf_counter()
         yaml = configs.to_yaml(self.config)
         keep = self.config.checkpoint.keep
-        folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep)
+        files = self.window.files()
+        folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep, files)
         self.monitor.say(f"step {self.step}: saved {folder} in {time.perf_counter() - started:.1f} s")
         return folder
 
@@ -143,7 +147,9 @@ class Trainer:
             )
             self._clock = (time.perf_counter(), self.consumed)
             while self.step < self.config.train.steps:
-                self._train_step(batches)
+                with self.window.counting(self.step):
+                    self._train_step(batches)
+                self.window.finish_step(self.step)
                 if _due(self.step, self.config.eval.interval):
                     self.evaluate()
                     evaluated_at = self.step
@@ -155,6 +161,7 @@ class Trainer:
                         self.save()
                     self.monitor.say(f"stopped at step {self.step}; the same command continues there")
                     return
+            self.window.close(self.step)
             if saved_at != self.step:
                 self.save()
             if evaluated_at != self.step:

@@ -1,7 +1,9 @@
 """Saving a live engine to logical tensors, and setting an engine from them. Everything here is collective."""
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,13 +19,23 @@ from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 
 
-def save(engine: Any, grid: Grid, root: Path, step: int, state: dict[str, Any], config_yaml: str, keep: int) -> Path:
+def save(
+    engine: Any,
+    grid: Grid,
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    config_yaml: str,
+    keep: int,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
     """Write a checkpoint of the engine under `root`; one parameter is gathered at a time.
 
     Args:
         step: optimizer steps taken.
         state: JSON values of the run: whatever a resumed run needs beside tensors.
         keep: complete checkpoints to keep, 0 for all.
+        files: content of further files by name; those of rank 0 are written.
 
     Returns:
         the folder of the complete checkpoint.
@@ -45,7 +57,9 @@ def save(engine: Any, grid: Grid, root: Path, step: int, state: dict[str, Any], 
         if grid.rank:
             return
         (folder / "config.yaml").write_text(config_yaml)
-        files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
         common = {
             "step": step,
             "adam_step": zero.adam_step(engine),
@@ -54,7 +68,7 @@ def save(engine: Any, grid: Grid, root: Path, step: int, state: dict[str, Any], 
             "rng": ranks,
             "placement": {str(i): list(m.placement.slot_to_expert) for i, m in engine.module.moe_layers().items()},
         }
-        store.commit(root, step, {"state": state | common, "tensors": tensors, "files": files}, keep)
+        store.commit(root, step, {"state": state | common, "tensors": tensors, "files": sizes}, keep)
 
     _together(grid, root, finish)
     return root / f"step-{step:08d}"

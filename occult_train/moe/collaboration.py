@@ -1,9 +1,17 @@
-"""How far tokens spread over devices: Occult's C_T and the collaborations of experts."""
+"""How far tokens spread over devices: Occult's C_T and the collaborations of experts.
+
+T tokens, E experts, K experts a token, N sampled tokens.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from occult_train.moe.sampling import Seed, reservoir_draw
+
+EXACT_IN_FP32 = 2**24
+"""Up to here fp32 counts without a gap."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,13 @@ class LayerStatistics:
     sets_NK: Tensor
     """[N, K] int16: a uniform sample of the tokens' whole choices, each in ascending order of expert."""
 
+    @classmethod
+    def of(cls, tokens: int, products_EE: Tensor, sets_NK: Tensor) -> "LayerStatistics":
+        """From C^T C of the choices as zeros and ones C [T, E], whose diagonal are the loads."""
+        pairs_EE = products_EE.to("cpu", torch.int64, copy=True)
+        loads_E = pairs_EE.diagonal().clone()
+        return cls(tokens, loads_E, pairs_EE.fill_diagonal_(0), sets_NK.cpu())
+
 
 class CollaborationMeter:
     """Sums `CollaborationCounts` of one layer while `enabled`; costs nothing otherwise."""
@@ -82,3 +97,62 @@ class CollaborationMeter:
         sums = torch.zeros(self.FIELDS, dtype=torch.float64, device=device) if self._sums is None else self._sums
         self._sums = None
         return sums
+
+
+class RoutingCounter:
+    """Counts how one layer's experts are chosen, exactly and without making the host wait: some six small kernels a
+    micro-batch, the largest of them a product of T·E² multiplications.
+
+    Args:
+        experts: E.
+        top_k: K.
+        sample: N, whole choices to keep.
+        seed: of the sample; counters of one seed that see equally many tokens sample the same ones.
+    """
+
+    def __init__(self, experts: int, top_k: int, sample: int, seed: Seed) -> None:
+        self.experts, self.top_k, self.sample, self.seed = experts, top_k, sample, seed
+        self.tokens = 0
+        """Counted so far."""
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def add(self, experts_TK: Tensor) -> None:
+        """Count tokens with their chosen experts [T, K] int64, each expert at most once a token."""
+        pairs_EE, sets_NK = self._sums_on(experts_TK.device)
+        for part_TK in experts_TK.split(EXACT_IN_FP32):
+            pairs_EE += _products(part_TK, self.experts)
+        items, places = reservoir_draw(self.seed, self.tokens, len(experts_TK), self.sample, experts_TK.device)
+        sets_NK.index_copy_(0, places, experts_TK.index_select(0, items).to(sets_NK.dtype))
+        self.tokens += len(experts_TK)
+
+    def pairs(self, device: torch.device) -> Tensor:
+        """[E, E] int64: times that two experts were chosen together; on the diagonal, times that each was chosen."""
+        return self._sums_on(device)[0].to(torch.int64)
+
+    def sets(self, device: torch.device) -> Tensor:
+        """[min(N, tokens), K] int16: the sample, each choice in ascending order."""
+        return self._sums_on(device)[1][: self.tokens].sort(dim=1).values
+
+    def _sums_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Products in fp64, which counts exactly up to 2^53, and the reservoir."""
+        if self._sums is None:
+            pairs_EE = torch.zeros(self.experts, self.experts, dtype=torch.float64, device=device)
+            sets_NK = torch.zeros(self.sample, self.top_k, dtype=torch.int16, device=device)
+            self._sums = pairs_EE, sets_NK
+        return self._sums
+
+
+def _products(experts_TK: Tensor, experts: int) -> Tensor:
+    """C^T C [E, E] in fp32 of the choices as zeros and ones C [T, E]; exact for up to `EXACT_IN_FP32` tokens."""
+    kind = torch.bfloat16 if experts_TK.is_cuda else torch.float32  # sums are in fp32 either way
+    chosen_TE = torch.zeros(len(experts_TK), experts, dtype=kind, device=experts_TK.device).scatter_(1, experts_TK, 1)
+    if kind == torch.float32:
+        return chosen_TE.T @ chosen_TE
+    return torch.mm(chosen_TE.T, chosen_TE, out_dtype=torch.float32)
+
+
+def mean_devices(sets_NK: Tensor, expert_to_device: Tensor) -> float:
+    """C_T of sampled choices [N, K] where expert e lives on device expert_to_device[e] [E]; NaN without a choice."""
+    device_NK = expert_to_device[sets_NK.long()].sort(dim=1).values
+    return float(1 + (device_NK.diff(dim=1) != 0).sum(dim=1).double().mean())

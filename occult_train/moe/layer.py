@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from occult_train.kernels.experts.reference import experts
 from occult_train.kernels.routing.reference import Routing
-from occult_train.moe.collaboration import CollaborationMeter
+from occult_train.moe.collaboration import CollaborationMeter, RoutingCounter
 from occult_train.moe.dispatch import make_dispatcher
 from occult_train.moe.experts import Experts
 from occult_train.moe.fused import FusedExperts, Way
@@ -74,6 +74,8 @@ class MoELayer(ExpertParallelLayer):
         self.shared_expert_gate = nn.Linear(options.hidden, 1, bias=False) if options.shared_gate else None
         self.register_buffer("expert_to_slot", torch.tensor(placement.expert_to_slot), persistent=False)
         self.meter = CollaborationMeter(grid.expert_rank, grid.expert_size)
+        self.counter: RoutingCounter | None = None
+        """Counts the choices of experts while it is there."""
         self.tag(self.experts)
 
     def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
@@ -111,6 +113,8 @@ class MoELayer(ExpertParallelLayer):
 
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""
+        if self.counter is not None:
+            self.counter.add(routing.experts_TK)
         slots_TK = self.expert_to_slot[routing.experts_TK]
         if self.meter.enabled:
             self.meter.add(slots_TK // self.num_local_experts)
