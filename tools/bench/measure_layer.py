@@ -56,7 +56,9 @@ def measure(task: LayerTask) -> dict[str, Any]:
         layer = BUILDS[name](problem, options)
     except (Unavailable, UserError) as error:
         return row | {"error": str(error)}
-    errors, sent = _check(problem, answer, layer)
+    first, _ = _check(problem, answer, layer)
+    again, sent = _check(problem, answer, layer)  # the second time a layer may know what to expect
+    errors = {name: max(first[name], again[name]) for name in first}
     row |= {f"error_{k}": v for k, v in errors.items()} | {"note": layer.note, "sent_bytes": sent, "peak_tflops": peak}
     limit = LIMITS[problem.dtype]
     wrong = [f"{name} is off by {error:.2g}" for name, error in errors.items() if error > limit]
