@@ -31,6 +31,21 @@ class Peers:
     """Rows that fit there; rows beyond are left out, and the counts tell everyone."""
 
 
+@dataclass(frozen=True)
+class Own:
+    """Where tokens' copies for the experts of this device go, and their weights if asked for; all contiguous."""
+
+    position_TK: Tensor
+    rows_XH: Tensor
+    weight_TK: Tensor | None = None
+    weight_X: Tensor | None = None
+
+    def of(self, tokens: slice) -> "Own":
+        """The same for some of the tokens."""
+        weight_TK = None if self.weight_TK is None else self.weight_TK[tokens]
+        return Own(self.position_TK[tokens], self.rows_XH, weight_TK, self.weight_X)
+
+
 @quick
 @triton.jit
 def _expand_kernel(
@@ -55,9 +70,10 @@ def _expand_kernel(
 @quick
 @triton.jit
 def _pack_kernel(
-    x, send, out, out_words, address, shift, position, slots, weight, H, x_stride, out_stride, words_stride, first_word,
-    capacity, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, L: tl.constexpr,
-    PEERS: tl.constexpr, EXTRAS: tl.constexpr, BH: tl.constexpr,
+    x, send, out, out_words, address, shift, position, slots, weight, own, own_rows, own_weight, weight_X,
+    H, x_stride, out_stride, words_stride, first_word, capacity, own_capacity,
+    D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, L: tl.constexpr,
+    PEERS: tl.constexpr, EXTRAS: tl.constexpr, OWN: tl.constexpr, OWN_WEIGHTS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -82,6 +98,14 @@ def _pack_kernel(
                         tl.store(at, tl.where(slot // L == d, p, -1), mask=k < K)
                         w = tl.load(weight + t * K + k, mask=k < K, other=0).to(tl.float32)
                         tl.store(at + K, w.to(tl.int32, bitcast=True), mask=k < K)
+    if OWN:
+        for i in tl.static_range(K):
+            p = tl.load(own + t * K + i).to(tl.int64)
+            if (p >= 0) & (p < own_capacity):
+                tl.store(own_rows + p * H + h, row, mask=h < H)
+                if OWN_WEIGHTS:
+                    if tl.program_id(1) == 0:
+                        tl.store(weight_X + p, tl.load(own_weight + t * K + i))
 
 
 @triton.jit
@@ -222,8 +246,10 @@ def expand(
 def pack(
     x_TH: Tensor, send_TD: Tensor, out: Tensor | Peers, wire: Wire,
     position_TK: Tensor | None = None, slots_TK: Tensor | None = None, weight_TK: Tensor | None = None, local: int = 1,
+    own: Own | None = None,
 ) -> None:  # fmt: skip
-    """As the reference's, into rows on the wire here or straight into those of other devices."""
+    """As the reference's, into rows on the wire here or straight into those of other devices; and, while a row is at
+    hand, its copies for the experts of this device, as `expand` makes them."""
     rows, hidden = x_TH.shape
     _same("tokens", rows, "sends", send_TD.shape[0])
     _same("width of x", hidden, "of the wire", wire.hidden)
@@ -231,10 +257,13 @@ def pack(
         return
     local_out, address, shift, capacity = _target(out)
     _pack_kernel[_grid(rows, hidden)](
-        x_TH, send_TD, local_out, _words(local_out), address, shift, position_TK, slots_TK, weight_TK, hidden,
-        x_TH.stride(0), wire.width, wire.nbytes // 4, wire.first_word, capacity,
+        x_TH, send_TD, local_out, _words(local_out), address, shift, position_TK, slots_TK, weight_TK,
+        *((None,) * 4 if own is None else (own.position_TK, own.rows_XH, own.weight_TK, own.weight_X)),
+        hidden, x_TH.stride(0), wire.width, wire.nbytes // 4, wire.first_word, capacity,
+        0 if own is None else own.rows_XH.shape[0],
         D=send_TD.shape[1], K=wire.top_k, KP=power_of_2(wire.top_k), L=local,
-        PEERS=address is not None, EXTRAS=position_TK is not None, **_width(hidden),
+        PEERS=address is not None, EXTRAS=position_TK is not None, OWN=own is not None,
+        OWN_WEIGHTS=own is not None and own.weight_X is not None, **_width(hidden),
     )  # fmt: skip
 
 

@@ -41,13 +41,21 @@ class Backward:
         self.arrived: list[Tensor | None] = []
         self.own_dx: list[Tensor] = []
         self.own_scalar: Tensor | None = None
+        self.early: movers.Own | None = None
+        """Own rows of dy, expanded while dy is sent."""
         self.dw2: Tensor | None = None
 
     def run(self) -> tuple[Tensor | None, ...]:
         """Gradients of x, weights, w1, w2 and w3."""
         steps = self.steps
-        passes = ("combine_backward", "dispatch_backward")
-        self.exchange = steps.transport.begin(self.dy, steps.routes, (self.out, self.back), passes, None)
+        passes, own = ("combine_backward", "dispatch_backward"), None
+        if not steps.recompute:  # else their room is needed for x first
+            assert self.rows_XH is not None
+            rows = steps.segments[0].rows
+            weight_X = torch.empty(rows, dtype=torch.float32, device=self.dy.device)
+            own = movers.Own(steps.routes.own_TK, self.rows_XH[:rows], self.weights, weight_X)
+        self.early = own
+        self.exchange = steps.transport.begin(self.dy, steps.routes, (self.out, self.back), passes, None, own)
         self.exchange.go(steps.counts)
         for g, segment in enumerate(steps.segments):
             scalar_X = self._activations(g, segment)
@@ -78,6 +86,9 @@ class Backward:
             dy_rows.append(self.out.values(self.exchange.arrived(segment.chunk)))
         weight_X, scalar_X = (torch.empty(segment.rows, dtype=torch.float32, device=self.dy.device) for _ in range(2))
         dy_sources = [(rows, *rest) for rows, (_, *rest) in zip(dy_rows, sources, strict=True)]
+        if segment.own and self.early is not None:
+            assert self.early.weight_X is not None
+            dy_sources, weight_X = dy_sources[1:], self.early.weight_X
         steps.expand(dy_sources, segment, rows_XH, weight_X)
         grad = steps.matmul.nn(rows_XH, self.w2, steps.routes.layout.relative_GL[g])
         weighted = grad if self.weighted_XF is None else self.weighted_XF[here]

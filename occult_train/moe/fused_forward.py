@@ -39,9 +39,9 @@ class Forward:
         """[T, H]."""
         layer, transport, room = self.layer, self.layer.transport, self.layer.room
         passes = ("dispatch", "combine")
-        self.exchange = transport.begin(self.x, self.routes, (self.out, self.back), passes, self.weights)
         self.early_XH: Tensor | None = self.x.new_empty(room.expanded if room else 0, self.x.shape[1])
-        movers.expand(self.x, self.routes.own_TK, self.early_XH)
+        own = movers.Own(self.routes.own_TK, self.early_XH)
+        self.exchange = transport.begin(self.x, self.routes, (self.out, self.back), passes, self.weights, own)
         guess = room.guess() if room is not None and self.exchange.fits(room) else None
         y = None if guess is None else self._compute(guess)
         counts = self.routes.counts()

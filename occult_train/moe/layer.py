@@ -115,7 +115,7 @@ class MoELayer(ExpertParallelLayer):
         """Experts' ids to slots."""
         if self.counter is not None:
             self.counter.add(routing.experts_TK)
-        slots_TK = self.expert_to_slot[routing.experts_TK]
+        slots_TK = routing.experts_TK if self.placement.is_identity else self.expert_to_slot[routing.experts_TK]
         if self.meter.enabled:
             self.meter.add(slots_TK // self.num_local_experts)
         return slots_TK

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from occult_train.errors import PlacementError
@@ -21,6 +22,11 @@ class Placement:
     def contiguous(cls, experts: int) -> "Placement":
         """Expert e in slot e."""
         return cls(tuple(range(experts)))
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether every expert's slot has its number."""
+        return self.slot_to_expert == tuple(range(len(self.slot_to_expert)))
 
     @property
     def expert_to_slot(self) -> tuple[int, ...]:

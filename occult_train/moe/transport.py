@@ -71,7 +71,13 @@ class Transport(Protocol):
         ...
 
     def begin(
-        self, x_TH: Tensor, routes: Routes, wires: tuple[Wire, Wire], passes: tuple[str, str], weight_TK: Tensor | None
+        self,
+        x_TH: Tensor,
+        routes: Routes,
+        wires: tuple[Wire, Wire],
+        passes: tuple[str, str],
+        weight_TK: Tensor | None,
+        own: movers.Own | None,
     ) -> Exchange:
         """Start to send tokens out, with their experts' positions and weights if weights are given. Collective, and
         the host waits for nothing.
@@ -79,6 +85,7 @@ class Transport(Protocol):
         Args:
             wires: rows out and rows back.
             passes: names of the two passes in `Traffic`.
+            own: where to copy tokens for the experts of this device, too.
         """
         ...
 
@@ -99,12 +106,15 @@ def _all_say(answer: bool, grid: Grid) -> bool:
     return all(answers)
 
 
-def _pack(x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | None, tokens: slice) -> None:
+def _pack(
+    x: Tensor, routes: Routes, out: Any, wire: Wire, weight_TK: Tensor | None, own: movers.Own | None, tokens: slice
+) -> None:
     g = routes.geometry
-    more = (None, None, None)
+    more: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if weight_TK is not None:
         more = (routes.position_TK[tokens], routes.slots_TK[tokens], weight_TK[tokens])
-    movers.pack(x[tokens], routes.send_TD[tokens], out, wire, *more, local=g.local)
+    own = None if own is None else own.of(tokens)
+    movers.pack(x[tokens], routes.send_TD[tokens], out, wire, *more, local=g.local, own=own)
 
 
 class CollectiveTransport:
@@ -124,13 +134,21 @@ class CollectiveTransport:
         return dist.all_to_all_single(target, source, arrives, sends, group=self.grid.expert_group, async_op=True)
 
     def begin(
-        self, x_TH: Tensor, routes: Routes, wires: tuple[Wire, Wire], passes: tuple[str, str], weight_TK: Tensor | None
+        self,
+        x_TH: Tensor,
+        routes: Routes,
+        wires: tuple[Wire, Wire],
+        passes: tuple[str, str],
+        weight_TK: Tensor | None,
+        own: movers.Own | None,
     ) -> "CollectiveExchange":
         """As `Transport.begin`: rows are packed."""
         g, wire = routes.geometry, wires[0]
         payload = wire.empty(x_TH.shape[0] * (g.devices - 1), x_TH)
+        if g.devices == 1 and own is not None:
+            movers.expand(x_TH, own.position_TK, own.rows_XH, own.weight_TK, own.weight_X)
         for c in range(g.chunks if g.devices > 1 else 0):
-            _pack(x_TH, routes, payload, wire, weight_TK, slice(c * g.chunk_tokens, (c + 1) * g.chunk_tokens))
+            _pack(x_TH, routes, payload, wire, weight_TK, own, slice(c * g.chunk_tokens, (c + 1) * g.chunk_tokens))
         return CollectiveExchange(self, payload, wires[1], passes)
 
 
@@ -252,12 +270,18 @@ class SymmetricTransport:
         return box.numbers(first, devices * count).view(devices, *numbers.shape)
 
     def begin(
-        self, x_TH: Tensor, routes: Routes, wires: tuple[Wire, Wire], passes: tuple[str, str], weight_TK: Tensor | None
+        self,
+        x_TH: Tensor,
+        routes: Routes,
+        wires: tuple[Wire, Wire],
+        passes: tuple[str, str],
+        weight_TK: Tensor | None,
+        own: movers.Own | None,
     ) -> "SymmetricExchange":
         """As `Transport.begin`: rows are written, as many as fit."""
         self.boxes[0].reserve(x_TH.shape[0] * (routes.geometry.devices - 1) * wires[0].nbytes, agreed=False)
         exchange = SymmetricExchange(self, routes, wires, passes, (x_TH, weight_TK))
-        exchange.write()
+        exchange.write(own)
         return exchange
 
 
@@ -278,13 +302,12 @@ class SymmetricExchange:
         self.transport, self.routes, self.wires, self.passes = transport, routes, wires, passes
         self._sources = sources
 
-    def write(self) -> None:
+    def write(self, own: movers.Own | None = None) -> None:
         """Write all rows that fit, and wait, on the device, until all have done so."""
         box, wire, (x_TH, weight_TK) = self.transport.boxes[0], self.wires[0], self._sources
-        if box.nbytes:
-            peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // wire.nbytes)
-            _pack(x_TH, self.routes, peers, wire, weight_TK, slice(None))
-            box.barrier()
+        peers = movers.Peers(box.address_D, self.routes.layout.put_D, box.nbytes // wire.nbytes)
+        _pack(x_TH, self.routes, peers, wire, weight_TK, own, slice(None))
+        box.barrier()
 
     def fits(self, room: Room) -> bool:
         """As `Exchange.fits`."""

@@ -20,15 +20,28 @@ from occult_train.kernels.routing import kernel as routing
 from occult_train.kernels.swiglu import kernel as swiglu
 
 TYPES = {
-    **dict.fromkeys(("x", "out", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
-    **dict.fromkeys(("weight", "weight_X", "scalar", "scalars", "cos", "sin"), "*fp32"),
+    **dict.fromkeys(("x", "out", "own_rows", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
+    **dict.fromkeys(("weight", "own_weight", "weight_X", "scalar", "scalars", "cos", "sin"), "*fp32"),
     **dict.fromkeys(("logits", "bias", "weights", "sums", "mean", "z", "d_weights", "d_mean", "d_z"), "*fp32"),
     **dict.fromkeys(("slots", "address", "experts", "loads"), "*i64"),
     **dict.fromkeys(("position", "own", "send", "sends", "shift", "arrive", "words", "out_words"), "*i32"),
     **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back", "numbers"), "*i32"),
 }
 """Of parameters by name; all others are int32 numbers."""
-ODD = ("room", "offset", "start", "capacity", "T", "S", "sign", "p_stride", "w_stride", "words_stride", "first_word")
+ODD = (
+    "room",
+    "offset",
+    "own_capacity",
+    "start",
+    "capacity",
+    "T",
+    "S",
+    "sign",
+    "p_stride",
+    "w_stride",
+    "words_stride",
+    "first_word",
+)
 """Numbers of which the compiler may not know that they are multiples of 16."""
 
 
@@ -49,7 +62,12 @@ ROW = {"K": 8, "BH": 2048}
 ALL = {"D": 0, **ROW}
 LOCAL, PEERS = ("address", "shift", "arrive"), ("out", "out_words")
 NO_EXTRAS = ("position", "slots", "weight")
-PACK = {"D": 2, "KP": 8, "L": 32, **ROW}
+PACK = {"D": 2, "KP": 8, "L": 32, "OWN": False, "OWN_WEIGHTS": False, **ROW}
+OWN = {"OWN": True, "OWN_WEIGHTS": True}
+NO_OWN = ("own", "own_rows", "own_weight", "weight_X")
+BARE = NO_EXTRAS + NO_OWN
+HERE = {"PEERS": False, "EXTRAS": False}
+THERE = {"PEERS": True, "EXTRAS": True}
 SUM = {"KP": 8, **ROW}
 ROUTE = {"E": 64, "K": 8, "EP": 64, "KP": 8, "B": 32}
 MANY = {"E": 256, "K": 8, "EP": 256, "KP": 8, "B": 8}
@@ -69,10 +87,23 @@ VARIANTS = [
     Variant("expand, weights", movers._expand_kernel, ALL | {"WEIGHTS": True}, ("arrive",), wide=True),
     Variant("expand, some", movers._expand_kernel, ROW | {"D": 2, "WEIGHTS": False}, ("weight", "weight_X"), wide=True),
     Variant("share", movers._share_kernel, {"BN": 128}),
-    Variant("pack", movers._pack_kernel, PACK | {"PEERS": False, "EXTRAS": False}, (*LOCAL[:2], *NO_EXTRAS), wide=True),
-    Variant("pack, extras", movers._pack_kernel, PACK | {"PEERS": False, "EXTRAS": True}, LOCAL[:2], wide=True),
-    Variant("pack, peers", movers._pack_kernel, PACK | {"PEERS": True, "EXTRAS": False}, PEERS + NO_EXTRAS, wide=True),
-    Variant("pack, peers, extras", movers._pack_kernel, PACK | {"PEERS": True, "EXTRAS": True}, PEERS, wide=True),
+    Variant(
+        "pack",
+        movers._pack_kernel,
+        PACK | {"PEERS": False, "EXTRAS": False},
+        (*LOCAL[:2], *NO_EXTRAS, *NO_OWN),
+        wide=True,
+    ),
+    Variant("pack, extras", movers._pack_kernel, PACK | HERE | {"EXTRAS": True}, LOCAL[:2] + NO_OWN, wide=True),
+    Variant(
+        "pack, peers",
+        movers._pack_kernel,
+        PACK | {"PEERS": True, "EXTRAS": False},
+        PEERS + NO_EXTRAS + NO_OWN,
+        wide=True,
+    ),
+    Variant("pack, peers, extras", movers._pack_kernel, PACK | THERE, PEERS + NO_OWN, wide=True),
+    Variant("pack, peers, extras, own", movers._pack_kernel, PACK | OWN | THERE, PEERS, wide=True),
     Variant(
         "merge",
         movers._merge_kernel,

@@ -9,7 +9,7 @@ from groups import check_close, normal
 from torch import Tensor
 
 from occult_train.kernels.movers import kernel, reference
-from occult_train.kernels.movers.kernel import Peers
+from occult_train.kernels.movers.kernel import Own, Peers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.kernels.positions import reference as positions
 from occult_train.kernels.positions.reference import Geometry, Layout
@@ -196,6 +196,26 @@ def test_pack_into_other_devices(
         assert same_bits(box, wanted)
         written = int((box[:, 0] != UNTOUCHED).sum())
         assert written == min(capacity, int(rank.layout.arrive_D[-1]))
+
+
+@pytest.mark.parametrize("room", [0, 4, 30])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pack_expands_own_rows_beside(weighted: bool, room: int, device: torch.device) -> None:
+    """As pack and expand one after the other; copies beyond the room are left out."""
+    rank = routed((5, 2, 3), 6, 3, device)[0]
+    wire, (x, *more) = pack_arguments(rank, 40, torch.float32, True)
+    found = []
+    for together in (True, False):
+        out, rows, weight_X = on_wire(wire, rank.sent, device), marked(room, 40, like=x), marked(room, like=x)
+        weights = (rank.weights, weight_X) if weighted else (None, None)
+        own = Own(rank.own, rows, *weights) if together else None
+        kernel.pack(x, rank.send, out, wire, *more, local=2, own=own)
+        if not together:
+            kernel.expand(x, rank.own, rows, *weights)
+        found.append((out, rows, weight_X))
+    assert all(map(same_bits, *found))
+    if room:
+        assert not (found[0][1] == UNTOUCHED).all()
 
 
 def merge_exactly(rows: list[Tensor], position: Tensor, weight: Tensor | None, start: int) -> Tensor:
