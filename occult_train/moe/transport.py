@@ -368,7 +368,7 @@ class SymmetricBox:
         return _BOXES.setdefault((grid.expert_group, name), cls(grid))
 
     def reserve(self, nbytes: int, agreed: bool) -> None:
-        """Make room for nbytes. Collective when it grows.
+        """Make room for nbytes, and for a barrier if there are none. Collective when it grows.
 
         Args:
             agreed: all ranks ask for the same number; else they agree on the largest, but only while there is none.
@@ -379,6 +379,7 @@ class SymmetricBox:
             wanted = torch.tensor([nbytes], device=_device())
             dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.grid.expert_group)
             nbytes = int(wanted)
+        nbytes = max(nbytes, 1)
         if nbytes > self.nbytes:
             self._grow(-(-nbytes // self.grain) * self.grain)
 

@@ -176,4 +176,5 @@ class MappedBox(SymmetricBox):
 
     def barrier(self) -> None:
         """All ranks have come this far."""
+        assert self.nbytes, "without memory there is no handle that could do it"
         dist.barrier(self.grid.expert_group)
