@@ -102,6 +102,15 @@ class MoELayer(ExpertParallelLayer):
             y_TH = y_TH + self._run(self._shared, x_TH)
         return y_TH.view_as(x), LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E)
 
+    def place(self, placement: Placement) -> None:
+        """Route to the experts where `placement` has them, and tell DeepSpeed so. Their weights are not touched."""
+        self.placement = placement
+        self.expert_to_slot.copy_(torch.tensor(placement.expert_to_slot))
+        self.describe(placement.by_device(self.ep_size))
+        self.tag(self.experts)
+        if self.fused is not None:
+            self.fused.expected_rows = 0  # another share of the tokens will come here
+
     def _make_fused(self, grid: Grid) -> FusedExperts | None:
         """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""
         o = self.options
