@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from occult_train.errors import PlacementError
-from occult_train.moe.placement import Placement
+from occult_train.moe.placement import Placement, check_placements
 from occult_train.parallel import zero
 from occult_train.parallel.zero import Held
 
@@ -118,18 +117,6 @@ def move(engine: Any, placements: dict[int, Placement]) -> Moved:
     total = torch.tensor([sent], device=engine.device)
     dist.all_reduce(total)
     return Moved(experts, int(total), perf_counter() - started)
-
-
-def check_placements(placements: dict[int, Placement], experts: dict[int, int], whose: str) -> None:
-    """Raise PlacementError unless each placement is of a layer that there is, with its number of experts."""
-    for index, placement in placements.items():
-        if index not in experts:
-            raise PlacementError(f"a placement of layer {index} was given, {whose} has experts in {sorted(experts)}")
-        if len(placement.slot_to_expert) != experts[index]:
-            raise PlacementError(
-                f"the placement of layer {index} is of {len(placement.slot_to_expert)} experts, {whose} has "
-                f"{experts[index]} there"
-            )
 
 
 def _check_agreement(placements: dict[int, Placement]) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from occult_train import config as configs
+from occult_train.checkpoint import placing
 from occult_train.checkpoint import state as checkpoint_state
 from occult_train.checkpoint.store import Checkpoint, find_latest, open_checkpoint, write_durably
 from occult_train.config import Config
@@ -67,6 +68,8 @@ class Trainer:
         row_bytes = config.model.hidden_size * _ROW_BYTES[config.train.precision]
         self.meter = StepMeter(self.model.moe_layers(), row_bytes, self.device)
         self.window = StatisticsWindow(config, self.model.moe_layers(), self.device, self.monitor)
+        self.given = {i: layer.placement for i, layer in self.model.moe_layers().items()}
+        """What moe.placement means without a checkpoint."""
         self._resume()
         if self.grid.rank == 0:
             with writing(f"output={config.output}"):
@@ -99,11 +102,22 @@ class Trainer:
                 checkpoint = open_checkpoint(own)  # the run began with the given one and has gone on since
         if checkpoint is None:
             return
+        placed = self._place_as_in(checkpoint)
         checkpoint_state.load(self.engine, self.grid, checkpoint)
         self.step, self.consumed = checkpoint.step, int(checkpoint.state["consumed_samples"])
         self.window.resume(checkpoint.folder)
         self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
-        self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}")
+        self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}{placed}")
+
+    def _place_as_in(self, checkpoint: Checkpoint) -> str:
+        """Decide where experts live before they are loaded; returns words on it where there was a choice."""
+        setting, found = self.config.moe.placement, placing.recorded(checkpoint)
+        placements = placing.continued(setting, self.given, checkpoint)
+        for index, layer in self.model.moe_layers().items():
+            layer.place(placements[index])
+        if found in ({}, self.given):
+            return ""
+        return ", with its placement" if placements == found else f", with moe.placement={setting} in place of its own"
 
     def save(self) -> Path:
         """Write a checkpoint of this moment. Collective.
@@ -113,6 +127,7 @@ class Trainer:
         """
         self._check_finite()
         state = {"consumed_samples": self.consumed, "seed": self.config.train.seed}
+        state |= placing.given(self.config.moe.placement, self.given)
         started = time.perf_counter()
         yaml = configs.to_yaml(self.config)
         keep = self.config.checkpoint.keep

@@ -15,6 +15,7 @@ from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.checkpoint.store import Checkpoint
 from occult_train.errors import CheckpointError
+from occult_train.moe.placement import to_table
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 
@@ -66,7 +67,7 @@ def save(
             "loss_scale": zero.loss_scale_state(engine),
             "expert_bias": _biases(engine),
             "rng": ranks,
-            "placement": {str(i): list(m.placement.slot_to_expert) for i, m in engine.module.moe_layers().items()},
+            "placement": to_table({i: layer.placement for i, layer in engine.module.moe_layers().items()}),
         }
         store.commit(root, step, {"state": state | common, "tensors": tensors, "files": sizes}, keep)
 
