@@ -138,7 +138,8 @@ def _write_pieces(writer: ShardWriter, tensor: Logical, kind: str, value: Tensor
 def _merge(grid: Grid, entries: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
     everyone: list[Any] = [None] * grid.world_size
     dist.all_gather_object(everyone, entries)
-    return {name: entry for part in everyone for name, entry in part.items()}
+    # in an order that does not tell who wrote what, so that an export's files do not either
+    return dict(sorted((name, entry) for part in everyone for name, entry in part.items()))
 
 
 def _biases(engine: Any) -> dict[str, list[float]]:
