@@ -42,9 +42,9 @@ class ReplaceConfig:
     method: str = "hypergraph"
     """As of `occult place`."""
     load_bound: float = 1.1
-    """Largest load of a device over the mean, in the window."""
+    """Largest load of a device over the mean, in the window. greedy heeds none."""
     min_gain: float = 0.01
-    """Experts move only if the mean C_T over layers is expected to fall by at least this share."""
+    """A layer's experts move only if its C_T is expected to fall by at least this share."""
 
 
 @dataclass

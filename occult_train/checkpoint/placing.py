@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from occult_train.checkpoint.store import Checkpoint, change_state, open_checkpoint
+from occult_train.moe.layer import MoELayer
 from occult_train.moe.placement import Placement, check_placements, from_table, to_table
 
 _ROUTER = re.compile(r"layers\.(\d+)\.moe\.router\.weight")
@@ -42,6 +43,22 @@ def recorded(checkpoint: Checkpoint) -> dict[int, Placement]:
 def given(setting: str, placements: dict[int, Placement]) -> dict[str, Any]:
     """For the state of a checkpoint: what `moe.placement` a run was started with, and what that meant."""
     return {"placement_given": {"setting": setting, "placement": to_table(placements)}}
+
+
+def place(layers: dict[int, MoELayer], setting: str, placements: dict[int, Placement], checkpoint: Checkpoint) -> str:
+    """Set where the experts are in a run that continues a checkpoint, before they are loaded.
+
+    Args: as of `continued`.
+
+    Returns:
+        words on it for the user, empty where there was no choice.
+    """
+    found, chosen = recorded(checkpoint), continued(setting, placements, checkpoint)
+    for index, layer in layers.items():
+        layer.place(chosen[index])
+    if found in ({}, placements):
+        return ""
+    return ", with its placement" if chosen == found else f", with moe.placement={setting} in place of its own"
 
 
 def continued(setting: str, placements: dict[int, Placement], checkpoint: Checkpoint) -> dict[int, Placement]:

@@ -36,7 +36,7 @@ def save(
         step: optimizer steps taken.
         state: JSON values of the run: whatever a resumed run needs beside tensors.
         keep: complete checkpoints to keep, 0 for all.
-        files: content of further files by name; those of rank 0 are written.
+        files: content of further files by name. Every rank writes its own; no two have one of the same name.
 
     Returns:
         the folder of the complete checkpoint.
@@ -47,6 +47,7 @@ def save(
     folder = store.partial_folder(root, step)
     _together(grid, root, lambda: store.begin(root, step) if grid.rank == 0 else None)
     written = _together(grid, root, lambda: _write_shards(engine, grid, folder))
+    _together(grid, root, lambda: [(folder / name).write_bytes(content) for name, content in files.items()])
     rank_state = {"cpu": _encode(torch.get_rng_state())}
     if torch.cuda.is_available():
         rank_state["cuda"] = _encode(torch.cuda.get_rng_state())
@@ -58,8 +59,6 @@ def save(
         if grid.rank:
             return
         (folder / "config.yaml").write_text(config_yaml)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
         sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
         common = {
             "step": step,

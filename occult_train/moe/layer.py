@@ -74,8 +74,8 @@ class MoELayer(ExpertParallelLayer):
         self.shared_expert_gate = nn.Linear(options.hidden, 1, bias=False) if options.shared_gate else None
         self.register_buffer("expert_to_slot", torch.tensor(placement.expert_to_slot), persistent=False)
         self.meter = CollaborationMeter(grid.expert_rank, grid.expert_size)
-        self.counter: RoutingCounter | None = None
-        """Counts the choices of experts while it is there."""
+        self.counters: list[RoutingCounter] = []
+        """Count the choices of experts while they are there."""
         self.tag(self.experts)
 
     def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
@@ -122,8 +122,8 @@ class MoELayer(ExpertParallelLayer):
 
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""
-        if self.counter is not None:
-            self.counter.add(routing.experts_TK)
+        for counter in self.counters:
+            counter.add(routing.experts_TK)
         slots_TK = routing.experts_TK if self.placement.is_identity else self.expert_to_slot[routing.experts_TK]
         if self.meter.enabled:
             self.meter.add(slots_TK // self.num_local_experts)
