@@ -98,7 +98,7 @@ def move_twice(_rank: int, expert: int, variants: list[list[str]]) -> list[tuple
 @pytest.mark.parametrize(("ranks", "expert"), [(2, 2), (4, 2)])
 def test_half_precision_moves_bit_for_bit(ranks: int, expert: int) -> None:
     """fp32 is in tests/parity/test_truth.py, at every stage."""
-    variants = HALF if ranks == 2 else HALF[:-2]
+    variants = HALF if ranks == 2 else HALF[2:5]
     found = run_distributed(move_twice, ranks, expert, variants, timeout=240)
     for overrides, (changed, moved, unmoved) in zip(variants, found[0], strict=True):
         assert changed == [], overrides

@@ -120,7 +120,7 @@ def test_another_number_of_ranks_goes_on_with_the_placement(
 ) -> None:
     """From 2 ranks to 4, from stage 1 to 3, inside of a window, whose counts are left aside."""
     run = tmp_path / "run"
-    start = [f"checkpoint.resume={replaced}/checkpoints/step-00000005", "zero.stage=3", "train.micro_batch_size=1"]
+    start = [f"checkpoint.resume={replaced}/checkpoints/step-00000005", "zero.stage=3"]
     told = run_distributed(train_and_tell, 4, [*common, *REPLACE, f"output={run}", *start], timeout=240)[0]
     assert placing.recorded(checkpoint(run)) == placing.recorded(checkpoint(replaced, 5)) != CONTIGUOUS
     assert lines(run, "replacement") == []
