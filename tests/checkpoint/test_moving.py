@@ -16,7 +16,7 @@ from occult_train.moe.placement import Placement
 from occult_train.moving import Moved, move
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
-from occult_train.testing import run_distributed
+from occult_train.testing import requires_gpus, run_distributed
 
 STEPS = 3
 HALF = [
@@ -43,7 +43,7 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
             with deepspeed.zero.GatheredParameters([parameter]):
                 for expert, slot in enumerate(layer.expert_to_slot.tolist()):
                     if first <= slot < first + layer.num_local_experts:
-                        found[f"{index}.{name}.{expert}"] = parameter.data[slot - first].clone()
+                        found[f"{index}.{name}.{expert}"] = parameter.data[slot - first].cpu().clone()
     return found
 
 
@@ -105,6 +105,17 @@ def test_half_precision_moves_bit_for_bit(ranks: int, expert: int) -> None:
         # losses of 4.2; other sums are rounded otherwise: 1.3e-4 at most
         assert moved == pytest.approx(unmoved, rel=1e-4), overrides
         assert moved[0] == unmoved[0], overrides
+
+
+@pytest.mark.gpu
+@requires_gpus(2)
+def test_on_gpus() -> None:
+    """Fused layers over NCCL, in bf16 and, where masters may be the weights themselves, in fp32."""
+    variants = [[f"zero.stage={stage}", f"train.precision={p}"] for stage in (1, 2, 3) for p in ("fp32", "bf16")]
+    found = run_distributed(move_twice, 2, 2, [*variants, ["zero.stage=0"]], backend="nccl", timeout=500)
+    for overrides, (changed, moved, unmoved) in zip([*variants, ["zero.stage=0"]], found[0], strict=True):
+        assert changed == [], overrides
+        assert moved == pytest.approx(unmoved, rel=1e-3 if "train.precision=bf16" in overrides else 1e-5), overrides
 
 
 def two_experts(_rank: int, expert: int) -> list[tuple[Moved, int]]:
