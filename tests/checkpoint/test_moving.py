@@ -11,6 +11,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from running import everything, start, tokens, train
 
+from occult_train.checkpoint import state, store
+from occult_train.config import to_yaml
 from occult_train.errors import PlacementError
 from occult_train.moe.placement import Placement
 from occult_train.moving import Moved, move
@@ -105,6 +107,30 @@ def test_half_precision_moves_bit_for_bit(ranks: int, expert: int) -> None:
         # losses of 4.2; other sums are rounded otherwise: 1.3e-4 at most
         assert moved == pytest.approx(unmoved, rel=1e-4), overrides
         assert moved[0] == unmoved[0], overrides
+
+
+def move_after_loading(_rank: int, root: str) -> list[tuple[Any, ...]]:
+    """At each stage: what a move right after a resume changed, and the losses beside those of the run that went on."""
+    results = []
+    for stage in (0, 2, 3):
+        overrides = ["parallel.expert=2", f"zero.stage={stage}"]
+        config, grid, engine = start(overrides)
+        train(config, grid, engine, range(2))
+        state.save(engine, grid, Path(root) / str(stage), 2, {}, to_yaml(config), keep=1)
+        saved, losses = everything(engine, grid), train(config, grid, engine, range(2, 5))
+        config, grid, engine = start(overrides)
+        state.load(engine, grid, store.open_checkpoint(Path(root) / str(stage)))
+        move(engine, shuffled(stage))
+        check_records(engine, shuffled(stage))
+        changed = different(saved, everything(engine, grid))
+        results.append((changed, losses, train(config, grid, engine, range(2, 5))))
+    return results
+
+
+def test_a_move_right_after_a_resume(tmp_path: Path) -> None:
+    for changed, whole, resumed in run_distributed(move_after_loading, 2, str(tmp_path))[0]:
+        assert changed == []
+        assert resumed == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,11 @@
 """Experts placed anew while training: the run is the one without, and C_T falls."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import records, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import assert_same
@@ -13,10 +13,13 @@ from test_trainer import assert_same
 from occult_train.checkpoint import placing
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.moe.placement import Placement, to_json
+from occult_train.moe.statistics import RoutingStatistics
 from occult_train.testing import run_distributed
 
 STEPS = 8
-REPLACE = ["moe.replace.interval=3", "moe.replace.window=2", "moe.replace.method=greedy", "moe.replace.min_gain=0"]
+REPLACE = ["moe.replace.interval=3", "moe.replace.window=2", "moe.replace.min_gain=0"]
+STATISTICS = ["moe.statistics.start=1", "moe.statistics.steps=2"]
+"""Of the first window."""
 CONTIGUOUS = dict.fromkeys(range(2), Placement.contiguous(8))
 REVERSED = dict.fromkeys(range(2), Placement(tuple(reversed(range(8)))))
 
@@ -41,15 +44,17 @@ def common(corpus: str) -> list[str]:
 def plain(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
     """The run whose experts stay."""
     run = tmp_path_factory.mktemp("plain") / "run"
-    run_distributed(train, 2, [*common, f"output={run}"], timeout=240)
+    run_distributed(train, 2, [*common, f"output={run}", *STATISTICS], timeout=240)
     return run
 
 
 @pytest.fixture(scope="module")
 def replaced(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
-    """The run whose experts are placed anew after steps 3 and 6, with a checkpoint inside of the second window."""
+    """The run whose experts are placed anew after steps 3 and 6, with a checkpoint inside of the second window, while
+    statistics are gathered too."""
     run = tmp_path_factory.mktemp("replaced") / "run"
-    run_distributed(train, 2, [*common, *REPLACE, f"output={run}", "checkpoint.interval=5"], timeout=240)
+    more = [f"output={run}", "checkpoint.interval=5", *STATISTICS]
+    run_distributed(train, 2, [*common, *REPLACE, *more], timeout=240)
     return run
 
 
@@ -84,18 +89,27 @@ def test_replaced_experts_train_as_those_that_stay(replaced: Path, plain: Path) 
     assert CONTIGUOUS != placing.recorded(checkpoint(replaced, 5)) != placing.recorded(checkpoint(replaced))
 
 
+def c_t_by_hand(sets_NK: torch.Tensor, placement: Placement) -> float:
+    """Over two devices."""
+    homes = {expert: device for device, experts in enumerate(placement.by_device(2)) for expert in experts}
+    return sum(len({homes[expert] for expert in experts}) for experts in sets_NK.tolist()) / len(sets_NK)
+
+
 def test_c_t_is_that_of_the_window_and_falls(replaced: Path, plain: Path) -> None:
-    """What was counted is what the log says of the window's steps; what comes after is logged as it is then."""
+    """What was counted is what the log says of the window's steps, and what both placements make of its choices."""
     first, _ = lines(replaced, "replacement")
     by_step, unmoved = ({r["step"]: r["layers"] for r in lines(run, "step")} for run in (replaced, plain))
+    sets = RoutingStatistics.load(plain / "statistics.safetensors").layers
+    placements = placing.recorded(checkpoint(replaced, 5))
     for at, layer in enumerate(first["layers"]):
         window = [by_step[step][at]["c_t"] for step in (2, 3)]
         assert layer["c_t"] == pytest.approx(sum(window) / 2, rel=1e-9)
-        assert layer["moved"] == (layer["c_t_expected"] < layer["c_t"])
+        assert layer["c_t"] == pytest.approx(c_t_by_hand(sets[at].sets_NK, CONTIGUOUS[at]), rel=1e-9)
+        assert layer["moved"] == (layer["c_t_expected"] < layer["c_t"]) == (placements[at] != CONTIGUOUS[at])
+        if layer["moved"]:
+            assert layer["c_t_expected"] == pytest.approx(c_t_by_hand(sets[at].sets_NK, placements[at]), rel=1e-9)
+            assert by_step[4][at]["c_t"] != unmoved[4][at]["c_t"], "logged as it is from then on"
         assert 1 <= layer["load_expected"] <= 2
-    moved = [at for at, layer in enumerate(first["layers"]) if layer["moved"]]
-    assert all(by_step[4][at]["c_t"] != unmoved[4][at]["c_t"] for at in moved)
-    assert sum(by_step[4][at]["c_t"] for at in moved) < sum(unmoved[4][at]["c_t"] for at in moved)
     events = EventAccumulator(str(replaced / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("moe/experts_moved")] == [
@@ -167,5 +181,10 @@ def test_damaged_counts_are_named(tmp_path: Path, common: list[str], replaced: P
         run_distributed(train, 2, [*common, *REPLACE, f"output={tmp_path}/run"], timeout=240)
 
 
-def test_the_log_of_a_replaced_run_is_json(replaced: Path) -> None:
-    assert all(json.loads(line)["kind"] for line in (replaced / "log.jsonl").read_text().splitlines())
+def test_statistics_are_by_expert_wherever_experts_live(replaced: Path, plain: Path) -> None:
+    """The routing is that of the run whose experts stay, and nothing that re-placement counted is missing."""
+    ours, theirs = (RoutingStatistics.load(run / "statistics.safetensors") for run in (replaced, plain))
+    assert ours.tokens == 2 * 8 * 32
+    for layer in range(2):
+        assert torch.equal(ours.layers[layer].loads_E, theirs.layers[layer].loads_E)
+        assert torch.equal(ours.layers[layer].pairs_EE, theirs.layers[layer].pairs_EE)
