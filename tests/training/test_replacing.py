@@ -97,13 +97,14 @@ def c_t_by_hand(sets_NK: torch.Tensor, placement: Placement) -> float:
 
 def test_c_t_is_that_of_the_window_and_falls(replaced: Path, plain: Path) -> None:
     """What was counted is what the log says of the window's steps, and what both placements make of its choices."""
-    first, _ = lines(replaced, "replacement")
+    first, second = lines(replaced, "replacement")
     by_step, unmoved = ({r["step"]: r["layers"] for r in lines(run, "step")} for run in (replaced, plain))
     sets = RoutingStatistics.load(plain / "statistics.safetensors").layers
     placements = placing.recorded(checkpoint(replaced, 5))
     for at, layer in enumerate(first["layers"]):
-        window = [by_step[step][at]["c_t"] for step in (2, 3)]
-        assert layer["c_t"] == pytest.approx(sum(window) / 2, rel=1e-9)
+        for record, steps in ((first, (2, 3)), (second, (5, 6))):
+            logged = sum(by_step[step][at]["c_t"] for step in steps) / 2
+            assert record["layers"][at]["c_t"] == pytest.approx(logged, rel=1e-9)
         assert layer["c_t"] == pytest.approx(c_t_by_hand(sets[at].sets_NK, CONTIGUOUS[at]), rel=1e-9)
         assert layer["moved"] == (layer["c_t_expected"] < layer["c_t"]) == (placements[at] != CONTIGUOUS[at])
         if layer["moved"]:
