@@ -109,7 +109,7 @@ class MoELayer(ExpertParallelLayer):
         self.describe(placement.by_device(self.ep_size))
         self.tag(self.experts)
         if self.fused is not None:
-            self.fused.expected_rows = 0  # another share of the tokens will come here
+            self.fused.room = None  # another share of the tokens will come here
 
     def _make_fused(self, grid: Grid) -> FusedExperts | None:
         """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""

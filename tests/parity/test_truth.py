@@ -246,7 +246,7 @@ MOVED = [
     *two_ranks("plain", ("dedup",), (1, 3), placement="moved", tuning="small_buckets"),
     *two_ranks("plain", ("dedup",), (2,), placement="moved", tuning="overlap"),
     *(Case(world, "dedup", 3, 2, 1, "moved", tuning="persistent") for world in (2, 4)),
-    *two_ranks("one_device", ("dedup",), (0, 1, 2, 3), placement="moved"),
+    *two_ranks("one_device", ("dedup",), (0, 1, 3), placement="moved"),
     *two_ranks("one_expert", ("dedup",), (1,), placement="moved"),
     Case(2, "dedup", 1, 2, 1, "moved", "short", backend="fused"),
     Case(2, "dedup", 3, 2, 1, "moved", "short", checkpointing="selective", backend="fused", overlap="2"),
@@ -381,7 +381,7 @@ class Run:
         table = {layer: permutation(10 * step + layer) for layer in self.model.moe_layers()}
         assert move(self.engine, {layer: Placement(tuple(order)) for layer, order in table.items()}).experts > 0
         self._check_homes(table)
-        assert all(moe.fused is None or moe.fused.expected_rows == 0 for moe in self.model.moe_layers().values())
+        assert all(moe.fused is None or moe.fused.room is None for moe in self.model.moe_layers().values())
 
     def _check_homes(self, table: dict[int, list[int]]) -> None:
         """Consecutive ranks share a set of experts, each with an equal run of slots."""
