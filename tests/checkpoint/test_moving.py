@@ -135,10 +135,12 @@ def test_a_move_right_after_a_resume(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @requires_gpus(2)
 def test_on_gpus() -> None:
-    """Fused layers over NCCL, in bf16 and, where masters may be the weights themselves, in fp32."""
-    variants = [[f"zero.stage={stage}", f"train.precision={p}"] for stage in (1, 2, 3) for p in ("fp32", "bf16")]
-    found = run_distributed(move_twice, 2, 2, [*variants, ["zero.stage=0"]], backend="nccl", timeout=500)
-    for overrides, (changed, moved, unmoved) in zip([*variants, ["zero.stage=0"]], found[0], strict=True):
+    """Fused layers over NCCL; in fp32 at stage 3 the masters may be the weights themselves."""
+    way = ["moe.backend=fused", "moe.matmul=triton", "moe.transport=collective", "moe.overlap=none"]
+    variants = [[*way, f"zero.stage={stage}", f"train.precision={p}"] for stage in (1, 2, 3) for p in ("fp32", "bf16")]
+    variants.append([*way, "zero.stage=0"])
+    found = run_distributed(move_twice, 2, 2, variants, backend="nccl", timeout=500)
+    for overrides, (changed, moved, unmoved) in zip(variants, found[0], strict=True):
         assert changed == [], overrides
         assert moved == pytest.approx(unmoved, rel=1e-3 if "train.precision=bf16" in overrides else 1e-5), overrides
 
