@@ -251,6 +251,15 @@ MOVED = [
     Case(2, "dedup", 1, 2, 1, "moved", "short", backend="fused"),
     Case(2, "dedup", 3, 2, 1, "moved", "short", checkpointing="selective", backend="fused", overlap="2"),
 ]
+MOVED_MORE = [
+    Case(world, "dedup", stage, ep, accumulation, "moved", checkpointing=checkpointing)
+    for world, ep in ((2, 2), (4, 2), (4, 4))
+    for stage, accumulation, checkpointing in itertools.product(range(4), (1, 3), ("none", "selective"))
+]
+MOVED_MORE += [
+    Case(2, "dedup", stage, 2, accumulation, "moved", problem, backend="fused")
+    for stage, (accumulation, problem) in itertools.product(range(4), ((1, "short"), (3, "prime")))
+]
 BF16 = [
     *two_ranks("short", ("dedup",), (1, 2, 3), precision="bf16"),
     *two_ranks("short_one_device", BOTH, (1,), precision="bf16"),
@@ -570,7 +579,9 @@ def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> 
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", MOVED, ids=str)
+@pytest.mark.parametrize(
+    "case", [*MOVED, *(pytest.param(c, marks=pytest.mark.slow) for c in MOVED_MORE if c not in MOVED)], ids=str
+)
 def test_moved_experts_train_as_if_nothing_had_happened(case: Case, outcomes: Outcomes) -> None:
     """Moves before the first step, when there are no moments yet, and between all later ones."""
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
