@@ -27,12 +27,23 @@ from occult_train.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layer's new placement, and what is expected of it: C_T and the largest device's load over the mean, in the
-    window, under the old placement and the new."""
+    """A layer's new placement, and what both placements make of the window's routing."""
 
     placement: Placement
-    c_t: tuple[float, float]
-    load: tuple[float, float]
+    c_t: float
+    c_t_expected: float
+    """Under the new placement."""
+    load_max_over_mean: float
+    """Of devices."""
+    load_expected: float
+
+    def gains(self, share: float) -> bool:
+        """Whether C_T would fall by at least this share."""
+        return self.c_t_expected < self.c_t and self.c_t_expected <= (1 - share) * self.c_t
+
+    def record(self) -> dict[str, float]:
+        """Its numbers."""
+        return {name: value for name, value in vars(self).items() if name != "placement"}
 
 
 class Replacer:
@@ -86,23 +97,14 @@ class Replacer:
     def _replace(self, step: int, statistics: dict[int, LayerStatistics]) -> None:
         started = time.perf_counter()
         proposals = self._propose(statistics)
-        gain = 1 - self.wanted.min_gain
-        chosen = {i: p.placement for i, p in proposals.items() if p.c_t[1] <= gain * p.c_t[0] and p.c_t[1] < p.c_t[0]}
         solved = time.perf_counter() - started
+        chosen = {i: p.placement for i, p in proposals.items() if p.gains(self.wanted.min_gain)}
         moved = move(self.engine, chosen)
         self.monitor.replacement(
             Replacement(
                 step=step,
                 method=self.wanted.method,
-                layers=[
-                    {
-                        "layer": index,
-                        "moved": index in chosen,
-                        **dict(zip(("c_t", "c_t_expected"), proposal.c_t, strict=True)),
-                        **dict(zip(("load_max_over_mean", "load_expected"), proposal.load, strict=True)),
-                    }
-                    for index, proposal in proposals.items()
-                ],
+                layers=[{"layer": i, "moved": i in chosen, **p.record()} for i, p in proposals.items()],
                 experts_moved=moved.experts,
                 bytes_moved=moved.nbytes,
                 solve_seconds=solved,
@@ -129,7 +131,7 @@ class Replacer:
         homes = [device_of(placement, devices) for placement in (old, new)]
         before, after = (mean_devices(statistics.sets_NK, device_E) for device_E in homes)
         loads = [load_ratio(device_E, statistics.loads_E, devices) for device_E in homes]
-        return Proposal(new, (before, after), (loads[0], loads[1]))
+        return Proposal(new, before, after, *loads)
 
     # ---------------------------------------------------------------- checkpoints
 
