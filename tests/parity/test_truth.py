@@ -248,7 +248,6 @@ MOVED = [
     *(Case(world, "dedup", 3, 2, 1, "moved", tuning="persistent") for world in (2, 4)),
     *two_ranks("one_device", ("dedup",), (0, 1, 3), placement="moved"),
     *two_ranks("one_expert", ("dedup",), (1,), placement="moved"),
-    Case(2, "dedup", 1, 2, 1, "moved", "short", backend="fused"),
     Case(2, "dedup", 3, 2, 1, "moved", "short", checkpointing="selective", backend="fused", overlap="2"),
 ]
 MOVED_MORE = [
