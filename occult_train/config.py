@@ -27,6 +27,24 @@ SCOPES = ("micro_batch", "global_batch")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant")
 CHECKPOINTING = ("none", "selective")
+PLACERS = ("hypergraph", "greedy", "contiguous")
+
+
+@dataclass
+class ReplaceConfig:
+    """Placing the experts anew while training: they move with their optimizer states, and training goes on as if
+    nothing had happened. Needs parallel.expert above 1."""
+
+    interval: int = 0
+    """Steps between re-placements; 0 for none."""
+    window: int = 100
+    """Steps before each one whose routing it is solved from."""
+    method: str = "hypergraph"
+    """As of `occult place`."""
+    load_bound: float = 1.1
+    """Largest load of a device over the mean, in the window. greedy heeds none."""
+    min_gain: float = 0.01
+    """A layer's experts move only if its C_T is expected to fall by at least this share."""
 
 
 @dataclass
@@ -59,8 +77,12 @@ class MoEConfig:
     overlap: str = "auto"
     """Of the fused backend: none (exchange, then compute), a number of chunks whose exchange and computing overlap, or
     auto: the fastest, measured at the start."""
-    placement: str = "contiguous"
-    """contiguous, or a JSON file made by `occult place` or by hand: which expert lives in which slot."""
+    placement: str = "auto"
+    """Which expert lives in which slot: contiguous; a JSON file made by `occult place` or by hand; or auto, the
+    placement of the checkpoint that is continued, without one contiguous. contiguous and a file count where they are
+    new: a run that was last started with the same setting and the same file goes on with its checkpoint's placement,
+    which moe.replace or `occult place --apply` may have changed since."""
+    replace: ReplaceConfig = field(default_factory=ReplaceConfig)
     balance: str = "aux_loss"
     """aux_loss (Switch Transformer), bias (loss-free, a bias on the scores that choose) or none."""
     aux_loss_coef: float = 0.01
@@ -249,6 +271,8 @@ class Config:
             "data.sequence_length",
             "monitor.interval",
             "moe.statistics.sample",
+            "moe.replace.window",
+            "moe.replace.load_bound",
         ):
             _at_least(path, _get(self, path), 1)
         for path in (
@@ -257,6 +281,8 @@ class Config:
             "moe.bias_update_rate",
             "moe.statistics.start",
             "moe.statistics.steps",
+            "moe.replace.interval",
+            "moe.replace.min_gain",
             "train.gradient_clipping",
             "optimizer.lr",
             "optimizer.eps",
@@ -281,6 +307,7 @@ class Config:
             )
         if self.moe.dispatcher == "local" and self.parallel.expert > 1:
             raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {self.parallel.expert}")
+        self._validate_replace()
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length} is longer than "
@@ -291,6 +318,16 @@ class Config:
                 f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given; "
                 "data.path= takes the first away"
             )
+
+    def _validate_replace(self) -> None:
+        replace = self.moe.replace
+        _one_of("moe.replace.method", replace.method, PLACERS)
+        if replace.interval and replace.window > replace.interval:
+            raise ConfigError(
+                f"moe.replace.window={replace.window} is longer than moe.replace.interval={replace.interval}"
+            )
+        if replace.interval and self.parallel.expert == 1:
+            raise ConfigError(f"moe.replace.interval={replace.interval} needs parallel.expert above 1, which is 1")
 
     def validate_ranks(self, ranks: int) -> None:
         """Raise ConfigError for what cannot run on `ranks` ranks."""

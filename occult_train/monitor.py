@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,22 @@ from occult_train.moe.statistics import RoutingStatistics
 
 IMAGE_PIXELS = 384
 """Width of images, if there are not more experts."""
+
+
+@dataclass
+class Replacement:
+    """The experts were placed anew, or could have been."""
+
+    step: int
+    method: str
+    layers: list[dict[str, Any]]
+    """Of each MoE layer: layer, whether its experts moved, and of the window C_T and the largest device's load over
+    the mean, under the old placement (c_t, load_max_over_mean) and the new (c_t_expected, load_expected)."""
+    experts_moved: int
+    bytes_moved: int
+    """Sent by all ranks."""
+    solve_seconds: float
+    move_seconds: float
 
 
 class Monitor:
@@ -94,6 +110,23 @@ class Monitor:
         runlog.append(self.path, record)
         self.say(f"step {step}: held-out loss {loss:.4f} over {sequences} sequences")
         self._scalars(step, {"evaluation/loss": loss})
+
+    def replacement(self, record: Replacement) -> None:
+        """Write down where experts were placed anew."""
+        if not self.main:
+            return
+        runlog.append(self.path, {"kind": "replacement", "time": time.time(), **asdict(record)})
+        layers = record.layers
+        moved = [layer for layer in layers if layer["moved"]]
+        before = sum(layer["c_t"] for layer in layers) / len(layers)
+        after = sum(layer["c_t_expected" if layer["moved"] else "c_t"] for layer in layers) / len(layers)
+        text = f"C_T {before:.3f}; no layer has a placement that is better by moe.replace.min_gain"
+        if moved:
+            text = f"C_T {before:.3f}, {after:.3f} expected; {record.experts_moved} experts of {len(moved)} layers "
+            text += f"moved ({record.bytes_moved / 1e6:,.1f} MB in {record.move_seconds:.1f} s, "
+            text += f"solved in {record.solve_seconds:.1f} s)"
+        self.say(f"step {record.step}: placed anew by {record.method}: {text}")
+        self._scalars(record.step, {"moe/experts_moved": record.experts_moved})
 
     def histograms(self, step: int, layers: list[int], loads: Tensor) -> None:
         """Expert loads [Lm, E] as one histogram a layer: how many experts got how many tokens."""

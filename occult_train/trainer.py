@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from occult_train import config as configs
+from occult_train.checkpoint import placing
 from occult_train.checkpoint import state as checkpoint_state
 from occult_train.checkpoint.store import Checkpoint, find_latest, open_checkpoint, write_durably
 from occult_train.config import Config
@@ -21,6 +22,7 @@ from occult_train.meter import StepMeter, StepRecord, peak_flops
 from occult_train.monitor import Monitor
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
+from occult_train.replacing import Replacer
 from occult_train.statistics_window import StatisticsWindow
 from occult_train.stopvote import StopVote
 
@@ -67,6 +69,9 @@ class Trainer:
         row_bytes = config.model.hidden_size * _ROW_BYTES[config.train.precision]
         self.meter = StepMeter(self.model.moe_layers(), row_bytes, self.device)
         self.window = StatisticsWindow(config, self.model.moe_layers(), self.device, self.monitor)
+        self.given = {i: layer.placement for i, layer in self.model.moe_layers().items()}
+        """What moe.placement means without a checkpoint."""
+        self.replacer = Replacer(config, self.engine, self.grid, self.monitor)
         self._resume()
         if self.grid.rank == 0:
             with writing(f"output={config.output}"):
@@ -99,11 +104,13 @@ class Trainer:
                 checkpoint = open_checkpoint(own)  # the run began with the given one and has gone on since
         if checkpoint is None:
             return
+        placed = placing.place(self.model.moe_layers(), self.config.moe.placement, self.given, checkpoint)
         checkpoint_state.load(self.engine, self.grid, checkpoint)
         self.step, self.consumed = checkpoint.step, int(checkpoint.state["consumed_samples"])
         self.window.resume(checkpoint.folder)
+        self.replacer.resume(checkpoint.folder, self.step)
         self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
-        self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}")
+        self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}{placed}")
 
     def save(self) -> Path:
         """Write a checkpoint of this moment. Collective.
@@ -113,10 +120,11 @@ class Trainer:
         """
         self._check_finite()
         state = {"consumed_samples": self.consumed, "seed": self.config.train.seed}
+        state |= placing.given(self.config.moe.placement, self.given)
         started = time.perf_counter()
         yaml = configs.to_yaml(self.config)
         keep = self.config.checkpoint.keep
-        files = self.window.files()
+        files = self.window.files() | self.replacer.files()
         folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep, files)
         self.monitor.say(f"step {self.step}: saved {folder} in {time.perf_counter() - started:.1f} s")
         return folder
@@ -147,9 +155,10 @@ class Trainer:
             )
             self._clock = (time.perf_counter(), self.consumed)
             while self.step < self.config.train.steps:
-                with self.window.counting(self.step):
+                with self.window.counting(self.step), self.replacer.counting(self.step):
                     self._train_step(batches)
                 self.window.finish_step(self.step)
+                self.replacer.finish_step(self.step)
                 if _due(self.step, self.config.eval.interval):
                     self.evaluate()
                     evaluated_at = self.step

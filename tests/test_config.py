@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occult_train.config import Config, _paths, load, to_yaml
+from occult_train.config import PLACERS, Config, _paths, load, to_yaml
 from occult_train.engine import check_deepspeed, deepspeed_config
 from occult_train.errors import ConfigError
 from occult_train.models.config import ModelConfig
+from occult_train.moe.solver import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -273,6 +274,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (["moe.statistics.start=-1"], ["moe.statistics.start=-1", "at least 0"]),
         (["moe.statistics.sample=0"], ["moe.statistics.sample=0", "at least 1"]),
         (["moe.statistics.step=5"], ["unknown setting moe.statistics.step", "did you mean moe.statistics.steps?"]),
+        (["moe.replace.interval=-1"], ["moe.replace.interval=-1", "at least 0"]),
+        (["moe.replace.window=0"], ["moe.replace.window=0", "at least 1"]),
+        (["moe.replace.load_bound=0.9"], ["moe.replace.load_bound=0.9", "at least 1"]),
+        (["moe.replace.min_gain=-1"], ["moe.replace.min_gain=-1.0", "at least 0"]),
+        (["moe.replace.method=metis"], ["moe.replace.method=metis", "hypergraph, greedy, contiguous"]),
+        (["moe.replace.method=greed"], ["moe.replace.method=greed", "did you mean greedy?"]),
+        (["moe.replace.interval=50", "parallel.expert=2"], ["moe.replace.window=100", "moe.replace.interval=50"]),
+        (["moe.replace.interval=500"], ["moe.replace.interval=500", "parallel.expert", "which is 1"]),
+        (["moe.replace.intervall=9"], ["unknown setting moe.replace.intervall", "moe.replace.interval?"]),
         (["moe.z_loss_coef=-1"], ["moe.z_loss_coef=-1.0", "at least 0"]),
         (["moe.bias_update_rate=-1"], ["moe.bias_update_rate=-1.0", "at least 0"]),
         (["train.gradient_clipping=-1"], ["train.gradient_clipping=-1.0", "at least 0"]),
@@ -320,6 +330,10 @@ def test_impossible_values_are_refused_with_what_they_clash_with(overrides: list
     message = message_of(*overrides)
     for fragment in fragments:
         assert fragment in message
+
+
+def test_methods_of_re_placement_are_those_of_the_solver() -> None:
+    assert set(PLACERS) == set(METHODS)
 
 
 @pytest.mark.parametrize(

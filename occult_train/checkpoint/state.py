@@ -15,6 +15,7 @@ from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.checkpoint.store import Checkpoint
 from occult_train.errors import CheckpointError
+from occult_train.moe.placement import to_table
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 
@@ -35,7 +36,7 @@ def save(
         step: optimizer steps taken.
         state: JSON values of the run: whatever a resumed run needs beside tensors.
         keep: complete checkpoints to keep, 0 for all.
-        files: content of further files by name; those of rank 0 are written.
+        files: content of further files by name. Every rank writes its own; no two have one of the same name.
 
     Returns:
         the folder of the complete checkpoint.
@@ -46,6 +47,7 @@ def save(
     folder = store.partial_folder(root, step)
     _together(grid, root, lambda: store.begin(root, step) if grid.rank == 0 else None)
     written = _together(grid, root, lambda: _write_shards(engine, grid, folder))
+    _together(grid, root, lambda: [(folder / name).write_bytes(content) for name, content in files.items()])
     rank_state = {"cpu": _encode(torch.get_rng_state())}
     if torch.cuda.is_available():
         rank_state["cuda"] = _encode(torch.cuda.get_rng_state())
@@ -57,8 +59,6 @@ def save(
         if grid.rank:
             return
         (folder / "config.yaml").write_text(config_yaml)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
         sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
         common = {
             "step": step,
@@ -66,7 +66,7 @@ def save(
             "loss_scale": zero.loss_scale_state(engine),
             "expert_bias": _biases(engine),
             "rng": ranks,
-            "placement": {str(i): list(m.placement.slot_to_expert) for i, m in engine.module.moe_layers().items()},
+            "placement": to_table({i: layer.placement for i, layer in engine.module.moe_layers().items()}),
         }
         store.commit(root, step, {"state": state | common, "tensors": tensors, "files": sizes}, keep)
 
@@ -137,7 +137,8 @@ def _write_pieces(writer: ShardWriter, tensor: Logical, kind: str, value: Tensor
 def _merge(grid: Grid, entries: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
     everyone: list[Any] = [None] * grid.world_size
     dist.all_gather_object(everyone, entries)
-    return {name: entry for part in everyone for name, entry in part.items()}
+    # in an order that does not tell who wrote what, so that an export's files do not either
+    return dict(sorted((name, entry) for part in everyone for name, entry in part.items()))
 
 
 def _biases(engine: Any) -> dict[str, list[float]]:

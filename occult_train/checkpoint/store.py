@@ -66,8 +66,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"checkpoint {folder} has version {manifest['version']}, this program reads {VERSION}"
             )
         checkpoint = Checkpoint(folder, manifest)
-        body = {name: manifest[name] for name in manifest if name not in ("format", "version", "sha256")}
-        whole = manifest["sha256"] == _sha256(json.dumps(body))
+        whole = manifest["sha256"] == _sha256(json.dumps(_body(manifest)))
         files, texts = manifest["files"], manifest["texts"]
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error.strerror}") from None
@@ -156,8 +155,7 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
     """
     partial, final = partial_folder(root, step), root / f"step-{step:08d}"
     body = manifest | {"texts": {p.name: _sha256(p.read_text()) for p in sorted(partial.glob("*.yaml"))}}
-    head = {"format": FORMAT, "version": VERSION, "sha256": _sha256(json.dumps(body))}
-    write_durably(partial / MANIFEST, json.dumps(head | body))
+    write_durably(partial / MANIFEST, _manifest(body))
     if final.exists():  # the run went back to an older checkpoint and came by again
         final.rename(root / f"{final.name}.replaced")
     partial.rename(final)
@@ -168,6 +166,32 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
         # under a name that nobody takes for a whole one, should this be its last moment
         shutil.rmtree(old.rename(root / f"{old.name}.partial"))
     return final
+
+
+def change_state(checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
+    """Set entries of a complete checkpoint's state. It is the old or the new one at every moment.
+
+    Raises:
+        CheckpointError: the disk does not take it; the checkpoint is as it was.
+    """
+    path = checkpoint.folder / MANIFEST
+    try:
+        body = _body(json.loads(path.read_text()))
+        write_durably(path, _manifest(body | {"state": body["state"] | changes}))
+    except OSError as error:
+        text = f"checkpoint {checkpoint.folder} cannot be changed: {error.strerror or error}"
+        raise CheckpointError(text) from None
+
+
+def _manifest(body: dict[str, Any]) -> str:
+    """The text of `checkpoint.json`."""
+    head = {"format": FORMAT, "version": VERSION, "sha256": _sha256(json.dumps(body))}
+    return json.dumps(head | body)
+
+
+def _body(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What `_manifest` was given."""
+    return {name: manifest[name] for name in manifest if name not in ("format", "version", "sha256")}
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -126,6 +126,20 @@ class RoutingCounter:
         sets_NK.index_copy_(0, places, experts_TK.index_select(0, items).to(sets_NK.dtype))
         self.tokens += len(experts_TK)
 
+    STATE = ("tokens", "pairs", "sets")
+
+    def state(self, device: torch.device) -> dict[str, Tensor]:
+        """Everything counted, on the host: tokens [1], pairs [E, E], and the places of the reservoir in use."""
+        pairs_EE, sets_NK = self._sums_on(device)
+        return {"tokens": torch.tensor([self.tokens]), "pairs": pairs_EE.cpu(), "sets": sets_NK[: self.tokens].cpu()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave, moved to the layer's device."""
+        pairs_EE, sets_NK = self._sums_on(state["pairs"].device)
+        pairs_EE.copy_(state["pairs"])
+        sets_NK[: len(state["sets"])] = state["sets"]
+        self.tokens = int(state["tokens"])
+
     def pairs(self, device: torch.device) -> Tensor:
         """[E, E] int64: times that two experts were chosen together; on the diagonal, times that each was chosen."""
         return self._sums_on(device)[0].to(torch.int64)

@@ -39,12 +39,22 @@ class RoutingCollector:
     def counting(self) -> Iterator[None]:
         """Count what the layers route in the block."""
         for index, layer in self.layers.items():
-            layer.counter = self.counters[index]
+            layer.counters.append(self.counters[index])
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer.counter = None
+            for index, layer in self.layers.items():
+                layer.counters.remove(self.counters[index])
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank counted, for `load_state` of the same rank of as many."""
+        states = {index: counter.state(self.device) for index, counter in self.counters.items()}
+        return {f"layers.{index}.{name}": tensor for index, state in states.items() for name, tensor in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave: the same will be counted and sampled as without the break."""
+        for index, counter in self.counters.items():
+            counter.load_state({name: state[f"layers.{index}.{name}"].to(self.device) for name in counter.STATE})
 
     def gather(self, provenance: dict[str, Any]) -> RoutingStatistics:
         """What was counted so far, of all ranks and on all ranks. Collective; counting may go on afterwards."""

@@ -74,8 +74,8 @@ class MoELayer(ExpertParallelLayer):
         self.shared_expert_gate = nn.Linear(options.hidden, 1, bias=False) if options.shared_gate else None
         self.register_buffer("expert_to_slot", torch.tensor(placement.expert_to_slot), persistent=False)
         self.meter = CollaborationMeter(grid.expert_rank, grid.expert_size)
-        self.counter: RoutingCounter | None = None
-        """Counts the choices of experts while it is there."""
+        self.counters: list[RoutingCounter] = []
+        """Count the choices of experts while they are there."""
         self.tag(self.experts)
 
     def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
@@ -102,6 +102,15 @@ class MoELayer(ExpertParallelLayer):
             y_TH = y_TH + self._run(self._shared, x_TH)
         return y_TH.view_as(x), LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E)
 
+    def place(self, placement: Placement) -> None:
+        """Route to the experts where `placement` has them, and tell DeepSpeed so. Their weights are not touched."""
+        self.placement = placement
+        self.expert_to_slot.copy_(torch.tensor(placement.expert_to_slot))
+        self.describe(placement.by_device(self.ep_size))
+        self.tag(self.experts)
+        if self.fused is not None:
+            self.fused.room = None  # another share of the tokens will come here
+
     def _make_fused(self, grid: Grid) -> FusedExperts | None:
         """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""
         o = self.options
@@ -113,8 +122,8 @@ class MoELayer(ExpertParallelLayer):
 
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""
-        if self.counter is not None:
-            self.counter.add(routing.experts_TK)
+        for counter in self.counters:
+            counter.add(routing.experts_TK)
         slots_TK = routing.experts_TK if self.placement.is_identity else self.expert_to_slot[routing.experts_TK]
         if self.meter.enabled:
             self.meter.add(slots_TK // self.num_local_experts)

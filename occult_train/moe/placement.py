@@ -43,8 +43,9 @@ class Placement:
 
 
 def resolve(setting: str, layers: list[int], experts: int) -> dict[int, Placement]:
-    """The placement of every MoE layer from `moe.placement`: `contiguous`, or a file as `read` takes it."""
-    if setting == "contiguous":
+    """The placement of every MoE layer from `moe.placement`: `contiguous`, a file as `read` takes it, or `auto`, which
+    is contiguous where there is no checkpoint to take it from."""
+    if setting in ("auto", "contiguous"):
         return {layer: Placement.contiguous(experts) for layer in layers}
     return read(Path(setting), layers, experts)
 
@@ -81,5 +82,31 @@ def read(path: Path, layers: list[int], experts: int) -> dict[int, Placement]:
 def to_json(placements: dict[int, Placement]) -> str:
     """The file that `read` takes."""
     experts = len(next(iter(placements.values())).slot_to_expert)
-    table = {str(layer): list(p.slot_to_expert) for layer, p in placements.items()}
-    return json.dumps({"num_experts": experts, "slot_to_expert": table})
+    return json.dumps({"num_experts": experts, "slot_to_expert": to_table(placements)})
+
+
+def to_table(placements: dict[int, Placement]) -> dict[str, list[int]]:
+    """Plain values for JSON: slot_to_expert by layer."""
+    return {str(layer): list(p.slot_to_expert) for layer, p in placements.items()}
+
+
+def from_table(table: dict[str, list[int]]) -> dict[int, Placement]:
+    """What `to_table` made a table of."""
+    return {int(layer): Placement(tuple(slots)) for layer, slots in table.items()}
+
+
+def check_placements(placements: dict[int, Placement], experts: dict[int, int], whose: str) -> None:
+    """Raise PlacementError unless each placement is of a layer that has experts, and of that many.
+
+    Args:
+        experts: how many, by layer.
+        whose: layers they are, in words.
+    """
+    for index, placement in placements.items():
+        if index not in experts:
+            raise PlacementError(f"the placement names layer {index}, {whose} has experts in {sorted(experts)}")
+        if len(placement.slot_to_expert) != experts[index]:
+            raise PlacementError(
+                f"the placement of layer {index} is of {len(placement.slot_to_expert)} experts, {whose} has "
+                f"{experts[index]} there"
+            )

@@ -5,6 +5,7 @@ getters and setters of master weights and optimizer states need help in places. 
 tests/parity/test_deepspeed_facts.py.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +44,15 @@ class ExpertParallelLayer(AutoEPMoELayer):
         self.ep_rank = grid.expert_rank
         self.ep_group_name = grid.group_name
         self.ep_group = None
-        self.expert_placement_descriptor = make_autoep_placement_descriptor(num_experts, experts_by_device)
+        self.describe(experts_by_device)
+
+    def describe(self, experts_by_device: list[list[int]]) -> None:
+        """Tell DeepSpeed which experts each device holds, in slot order. Call `tag` afterwards."""
+        self.expert_placement_descriptor = make_autoep_placement_descriptor(self.num_experts, experts_by_device)
 
     def tag(self, experts: nn.Module) -> None:
-        """Mark stacked expert weights [L, ...], so that gradients are reduced and sharded among their holders alone."""
+        """Mark stacked expert weights [L, ...], so that gradients are reduced and sharded among their holders alone.
+        Again after `describe`."""
         local = self.expert_placement_descriptor["ranks"][self.ep_rank]["experts"]
         for parameter in experts.parameters():
             shape = [self.num_experts, *parameter.shape[1:]]
@@ -168,6 +174,69 @@ def push_weights(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
     shard.data.copy_(flat[rank * size : (rank + 1) * size])
     if parameter.ds_status.name == "AVAILABLE":
         parameter.data.copy_(value)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A run of a parameter's flattened values that this rank keeps."""
+
+    start: int
+    """Index of the first one in the flattened parameter."""
+    values: Tensor
+    """[n], a view: writing to it changes the engine. Empty where this rank keeps none."""
+
+
+def held(engine: Any, parameter: nn.Parameter) -> dict[str, Held]:
+    """Everything that a step of this rank reads or writes of a parameter, by kind; the same kinds on every rank.
+
+    `weight` and `whole` are in the model's type: what forward computes with, and at stage 3 its shard and, where
+    DeepSpeed keeps it gathered, the whole. `param` (the master) and the moments are fp32; moments are there once a
+    step or `make_states` has made them. What shares its memory with another kind is left out.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return {kind: Held(0, value.view(-1)) for kind, value in _master_and_moments(engine, parameter)}
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return _held_at_stage_3(engine, parameter)
+    part: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    group, start, at, size = 0, 0, 0, 0
+    if part is not None:
+        group, start = part.param_group_index, part.lp_fragment_address.start
+        at, size = part.hp_fragment_address.start, part.hp_fragment_address.numel
+    master = _masters(engine)[group]
+    found = {kind: Held(start, value.narrow(0, at, size)) for kind, value in _master_and_moments(engine, master)}
+    return found | {"weight": Held(0, parameter.data.view(-1))}
+
+
+def _held_at_stage_3(engine: Any, parameter: Any) -> dict[str, Held]:
+    optimizer = engine.optimizer
+    group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = size * dist.get_rank(parameter.ds_zero_partition_process_group)
+    size = min(size, max(0, parameter.ds_numel - start))  # the last shards are padded
+    master = _masters(engine)[group]
+    found = {kind: Held(start, value.narrow(0, at, size)) for kind, value in _master_and_moments(engine, master)}
+    used = [("weight", Held(start, parameter.ds_tensor.data.view(-1)[:size]))]
+    if parameter.ds_status.name == "AVAILABLE":
+        used.append(("whole", Held(0, parameter.data.view(-1))))
+    memory = {_memory(master)}  # in fp32 the shard is the master; of a single shard the whole may be that one
+    for kind, part in used:
+        if _memory(part.values) not in memory:
+            found[kind] = part
+            memory.add(_memory(part.values))
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _master_and_moments(engine: Any, master: Tensor) -> list[tuple[str, Tensor]]:
+    state = _adam(engine).state.get(master, {})
+    return [("param", master.data), *((kind, state[kind].data) for kind in STATES if kind in state)]
+
+
+def between_steps(engine: Any) -> bool:
+    """Whether no micro-batch of an unfinished optimizer step was seen."""
+    return engine.micro_steps % engine.gradient_accumulation_steps() == 0
 
 
 def full_grad(engine: Any, parameter: nn.Parameter) -> Tensor:

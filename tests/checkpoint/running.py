@@ -46,10 +46,10 @@ def train(config: Config, grid: Grid, engine: Any, steps: range) -> list[float]:
     """Losses of optimizer steps."""
     losses = []
     for step in steps:
-        rows = tokens(step)
+        rows = tokens(step).to(engine.device)
         set_learning_rate(engine, learning_rate(config, step))
         engine.module.train()
-        total, accumulation = torch.zeros(()), config.accumulation_steps(grid.world_size)
+        total, accumulation = torch.zeros((), device=engine.device), config.accumulation_steps(grid.world_size)
         for part in range(accumulation):
             row = rows[part * grid.world_size + grid.rank][None]
             loss = engine(row, row)
@@ -70,11 +70,11 @@ def everything(engine: Any, grid: Grid) -> dict[str, torch.Tensor]:
     zero.make_states(engine)
     for tensor in logical_tensors(engine.module, grid):
         for kind in KINDS:
-            value = zero.get_full(engine, tensor.parameter, kind).clone()
+            value = zero.get_full(engine, tensor.parameter, kind).cpu()
             parts = value if tensor.expert else [value]
             own |= {key(kind, piece): part.clone() for piece, part in zip(tensor.pieces, parts, strict=True)}
     for index, layer in engine.module.moe_layers().items():
-        own[f"bias.{index}"] = layer.router.expert_bias.clone()
+        own[f"bias.{index}"] = layer.router.expert_bias.cpu().clone()
     ranks: list[Any] = [None] * grid.world_size
     dist.all_gather_object(ranks, own)
     return {name: tensor for part in ranks for name, tensor in part.items()}

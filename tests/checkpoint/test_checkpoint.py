@@ -14,12 +14,13 @@ from deepspeed.accelerator import get_accelerator
 from running import everything, start, tokens, train
 from torch.nn import functional as F
 
-from occult_train.checkpoint import state, store
+from occult_train.checkpoint import placing, state, store
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.config import to_yaml
 from occult_train.errors import CheckpointError
 from occult_train.inference import load_model
 from occult_train.moe.placement import Placement, to_json
+from occult_train.moving import move
 from occult_train.parallel import zero
 from occult_train.testing import run_distributed
 
@@ -210,11 +211,15 @@ def test_saving_gathers_one_parameter_at_a_time(tmp_path: Path, overrides: list[
         assert grown < whole / 6
 
 
+MOVED = {0: Placement((7, 6, 5, 4, 3, 2, 1, 0)), 1: Placement((0, 2, 4, 6, 1, 3, 5, 7))}
+
+
 def save_and_die(_rank: int, root: str, point: str) -> None:
-    """Save step 1 whole, then die in the middle of saving step 2."""
+    """Save step 1 whole, move experts, then die in the middle of saving step 2."""
     config, grid, engine = start(["parallel.expert=2"])
     train(config, grid, engine, range(1))
     state.save(engine, grid, Path(root), 1, {"consumed_samples": 4}, to_yaml(config), keep=1)
+    move(engine, MOVED)
     train(config, grid, engine, range(1, 2))
 
     def die(*_: Any, **__: Any) -> None:
@@ -257,6 +262,7 @@ def test_killed_while_saving(tmp_path: Path, point: str, step: int) -> None:
     assert checkpoint.step == step
     for name in checkpoint.entries:
         checkpoint.read(name)
+    assert placing.recorded(checkpoint) == (MOVED if step == 2 else dict.fromkeys(MOVED, Placement.contiguous(8)))
     store.begin(tmp_path, 3)
     assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["step-00000003.partial"], "remains are removed"
 

@@ -149,7 +149,7 @@ def gathered(rank: int, ranks: int, sample: int) -> tuple[RoutingStatistics, lis
             layer(half)
     layer(x_TH)
     expected = (x_TH @ router.T).softmax(-1).topk(TOP_K).indices
-    assert layer.counter is None
+    assert layer.counters == []
     return collector.gather({"ranks": ranks}), [expected]
 
 

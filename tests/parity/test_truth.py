@@ -31,6 +31,8 @@ from occult_train.config import Config
 from occult_train.engine import build_engine, choose_way, runtime, set_learning_rate
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT
+from occult_train.moe.placement import Placement
+from occult_train.moving import move
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 from occult_train.testing import RankError, run_distributed
@@ -136,6 +138,7 @@ class Case:
     expert: int
     accumulation: int = 1
     placement: str = "contiguous"
+    """contiguous, permuted, or moved: contiguous, then before every step another permutation, without starting anew."""
     problem: str = "plain"
     precision: str = "fp32"
     checkpointing: str = "none"
@@ -233,9 +236,33 @@ FUSED = [
     )
 ]
 """Few, as kernels are interpreted here; tests/moe/test_fused.py has the fused layer's own cases."""
+MOVED = [
+    *(Case(2, "dedup", stage, 2, accumulation, "moved") for stage, accumulation in ((0, 3), (1, 1), (2, 3), (3, 1))),
+    *(Case(4, "dedup", stage, 2, accumulation, "moved") for stage, accumulation in ((0, 1), (1, 3), (2, 1), (3, 3))),
+    *(Case(4, "dedup", stage, 4, 1, "moved", checkpointing="selective") for stage in range(4)),
+    Case(2, "all_to_all", 3, 2, 1, "moved"),
+    *two_ranks("bias", ("dedup",), (0, 3), placement="moved"),
+    *two_ranks("prime", ("dedup",), (1,), placement="moved"),
+    *two_ranks("plain", ("dedup",), (1, 3), placement="moved", tuning="small_buckets"),
+    *two_ranks("plain", ("dedup",), (2,), placement="moved", tuning="overlap"),
+    *(Case(world, "dedup", 3, 2, 1, "moved", tuning="persistent") for world in (2, 4)),
+    *two_ranks("one_device", ("dedup",), (0, 1, 3), placement="moved"),
+    *two_ranks("one_expert", ("dedup",), (1,), placement="moved"),
+    Case(2, "dedup", 3, 2, 1, "moved", "short", checkpointing="selective", backend="fused", overlap="2"),
+]
+MOVED_MORE = [
+    Case(world, "dedup", stage, ep, accumulation, "moved", checkpointing=checkpointing)
+    for world, ep in ((2, 2), (4, 2), (4, 4))
+    for stage, accumulation, checkpointing in itertools.product(range(4), (1, 3), ("none", "selective"))
+]
+MOVED_MORE += [
+    Case(2, "dedup", stage, 2, accumulation, "moved", problem, backend="fused")
+    for stage, (accumulation, problem) in itertools.product(range(4), ((1, "short"), (3, "prime")))
+]
 BF16 = [
     *two_ranks("short", ("dedup",), (1, 2, 3), precision="bf16"),
     *two_ranks("short_one_device", BOTH, (1,), precision="bf16"),
+    *two_ranks("short", ("dedup",), (1, 3), precision="bf16", placement="moved"),
 ]
 
 
@@ -313,9 +340,13 @@ def configure(case: Case, folder: Path) -> Config:
 
 
 def slots(case: Case, layer: int) -> list[int]:
-    """Experts of a layer by slot; permuted is another random order for each layer."""
+    """Experts of a layer by slot at the start; permuted is another random order for each layer."""
+    return permutation(layer) if case.placement == "permuted" else list(range(MODEL["num_experts"]))
+
+
+def permutation(seed: int) -> list[int]:
     experts = list(range(MODEL["num_experts"]))
-    return random.Random(layer).sample(experts, len(experts)) if case.placement == "permuted" else experts
+    return random.Random(seed).sample(experts, len(experts))
 
 
 def own_part(parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
@@ -350,20 +381,29 @@ class Run:
         assert names.keys() == weights.keys()
         for name, parameter in names.items():
             parameter.data.copy_(own_part(parameter, weights[name]))
-        self._check_homes()
+        self._check_homes({layer: slots(case, layer) for layer in config.model.moe_layers})
         self.engine = build_engine(config, self.grid, model=self.model)
 
-    def _check_homes(self) -> None:
+    def _move(self, step: int) -> None:
+        """Other experts for every rank."""
+        table = {layer: permutation(10 * step + layer) for layer in self.model.moe_layers()}
+        assert move(self.engine, {layer: Placement(tuple(order)) for layer, order in table.items()}).experts > 0
+        self._check_homes(table)
+        assert all(moe.fused is None or moe.fused.room is None for moe in self.model.moe_layers().values())
+
+    def _check_homes(self, table: dict[int, list[int]]) -> None:
         """Consecutive ranks share a set of experts, each with an equal run of slots."""
         size = MODEL["num_experts"] // self.case.expert
         first = size * (dist.get_rank() % self.case.expert)
         for layer, moe in self.model.moe_layers().items():
             for parameter in moe.experts.parameters():
-                assert parameter.ds_autoep_uc_meta["local_experts"] == slots(self.case, layer)[first : first + size]
+                assert parameter.ds_autoep_uc_meta["local_experts"] == table[layer][first : first + size]
 
     def train(self) -> Outcome:
         """Take all steps, comparing as it goes."""
         for step, batch in enumerate(batches(self.problem, self.case.world, self.case.accumulation)):
+            if self.case.placement == "moved":
+                self._move(step)
             self._step(step, [ranks[self.grid.rank] for ranks in batch])
         zero.link_states(self.engine)
         last = f"step {len(RATES)}"
@@ -534,6 +574,15 @@ def plain_bf16_error(problem: str) -> float:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", [*EXACT, *FUSED], ids=str)
 def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> None:
+    check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "case", [*MOVED, *(pytest.param(c, marks=pytest.mark.slow) for c in MOVED_MORE if c not in MOVED)], ids=str
+)
+def test_moved_experts_train_as_if_nothing_had_happened(case: Case, outcomes: Outcomes) -> None:
+    """Moves before the first step, when there are no moments yet, and between all later ones."""
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
 

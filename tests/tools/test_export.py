@@ -18,6 +18,7 @@ from occult_train.data.tokenizer import Tokenizer, load_tokenizer
 from occult_train.engine import build_engine
 from occult_train.errors import ConfigError, UserError
 from occult_train.moe.placement import Placement, to_json
+from occult_train.moving import move
 from occult_train.parallel.grid import Grid
 from occult_train.testing import run_distributed
 from occult_train.tools import export as export_module
@@ -47,6 +48,22 @@ def save(rank: int, overrides: list[str], root: str) -> None:
     if "moe.balance=bias" in overrides:
         engine.module.layers[0].moe.router.expert_bias += 0.5
     state.save(engine, grid, Path(root), 1, {}, to_yaml(config), keep=1)
+
+
+def save_moved(rank: int, overrides: list[str], root: str) -> None:
+    """Save after two steps, move experts, and save the same again elsewhere."""
+    config = load(SHAPE + overrides)
+    grid = Grid.create(config.parallel.expert)
+    engine = build_engine(config, grid)
+    engine.module.train()
+    tokens = torch.randint(320, (1, 9), generator=torch.Generator().manual_seed(rank))
+    for _ in range(2 * config.accumulation_steps(grid.world_size)):
+        engine.backward(engine(tokens, tokens))
+        engine.step()
+    state.save(engine, grid, Path(root, "unmoved"), 2, {}, to_yaml(config), keep=1)
+    placements = {i: Placement(tuple(random.Random(i).sample(range(8), 8))) for i in range(3)}
+    assert move(engine, placements).experts > 0
+    state.save(engine, grid, Path(root, "moved"), 2, {}, to_yaml(config), keep=1)
 
 
 def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
@@ -145,3 +162,14 @@ def test_an_export_that_a_full_disk_cut_short_can_be_made_again(
             export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
     export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
     assert compare_logits(opened, tmp_path / "hf") < 1e-5
+
+
+def test_an_export_does_not_tell_where_experts_lived(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Byte for byte, in files small enough to be cut between any two tensors."""
+    run_distributed(save_moved, 2, ["zero.stage=1", "train.global_batch_size=4"], str(tmp_path), timeout=120)
+    exported = {}
+    for name in ("unmoved", "moved"):
+        export(store.open_checkpoint(tmp_path / name), tmp_path / f"{name}-hf", "auto", 4000, tokenizer)
+        exported[name] = {p.name: p.read_bytes() for p in (tmp_path / f"{name}-hf").iterdir()}
+    assert len([file for file in exported["moved"] if file.endswith(".safetensors")]) > 50
+    assert exported["moved"] == exported["unmoved"]
