@@ -20,6 +20,8 @@ setup(
         "safetensors>=0.5",
         "tensorboard>=2.18",
         "mpi4py>=4",
+        "matplotlib>=3.9",
+        "mtkahypar==1.7.post1",
         "numpy>=1.26",
         "psutil",
         "rich>=13",

@@ -132,6 +132,21 @@ def _check(method: str, experts: int, devices: int, nodes: int, load_bound: floa
         raise PlacementError(f"load_bound={load_bound} is below 1, the load of perfect balance")
 
 
+def given(placement: Placement, statistics: LayerStatistics, devices: int) -> Solution:
+    """A placement of the user's own, with its load; no bound is asked of it.
+
+    Raises:
+        PlacementError: devices that do not divide the experts, or a placement of other experts.
+    """
+    experts = statistics.loads_E.numel()
+    if len(placement.slot_to_expert) != experts:
+        raise PlacementError(f"a placement of {len(placement.slot_to_expert)} experts, statistics of {experts}")
+    _check("contiguous", experts, devices, 1, math.inf)
+    return Solution(
+        placement, load_ratio(device_of(placement, devices), statistics.loads_E, devices), math.inf, math.inf
+    )
+
+
 def _solution(device_E: Tensor, loads_E: Tensor, limit: float, bound: float, devices: int) -> Solution:
     return Solution(to_placement(device_E), load_ratio(device_E, loads_E, devices), limit, bound)
 
