@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from occult_train import config as configs
-from occult_train.errors import ConfigError, StatisticsError, UserError, writing
+from occult_train.errors import ConfigError, PlacementError, StatisticsError, UserError, writing
 from occult_train.moe.placement import Placement, read, to_json
 from occult_train.moe.solver import METHODS, NODE_COST
 from occult_train.moe.statistics import FILE_NAME, RoutingStatistics
@@ -58,7 +58,7 @@ def command(
     counts, left_out = device_counts(devices, statistics.num_experts, nodes, devices == DEVICES)
     chosen_for = target(for_devices, found, counts, bool(output or figure or apply))
     counts = sorted({*counts, chosen_for} - {0})
-    own = None if method in METHODS else read(Path(method), list(statistics.layers), statistics.num_experts)
+    own = _own(method, statistics)
     wanted = Wanted("file" if own else method, load_bound, nodes, node_cost, seed, own)
     if apply and found.run is None:
         raise UserError(f"--apply needs a checkpoint or a run; {source} holds statistics only")
@@ -78,6 +78,15 @@ def command(
 
         placing.apply(Path(source), placements)
         print(f"applied to {source}: placed for {chosen_for} devices")
+
+
+def _own(method: str, statistics: RoutingStatistics) -> dict[int, Placement] | None:
+    """The placements of a file; None where the method is one of the solver's."""
+    if method in METHODS:
+        return None
+    if not Path(method).is_file():
+        raise PlacementError(f"--method={method} is none of {', '.join(METHODS)}, and no file")
+    return read(Path(method), list(statistics.layers), statistics.num_experts)
 
 
 def find(source: str) -> Source:
