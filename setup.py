@@ -24,6 +24,7 @@ setup(
         "mtkahypar==1.7.post1",
         "numpy>=1.26",
         "psutil",
+        "pyyaml>=6",
         "rich>=13",
         "typer>=0.15",
         "ninja",
