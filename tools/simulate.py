@@ -181,8 +181,9 @@ def _table(rows: list[dict[str, Any]], asked: Asked, experts: int) -> Table:
     link = asked.cluster.intra, asked.cluster.inter
     words = [f"{part.latency_us:g} us + {part.gigabytes_per_second:g} GB/s" for part in link]
     table = Table(
-        title=f"ms of all-to-all a layer and training step; {asked.tokens:,} tokens a device, {asked.row_bytes:,} bytes "
-        f"a row\n{asked.cluster.devices_per_node} devices a node; in it {words[0]}, between nodes {words[1]}",
+        title=f"ms of all-to-all a layer and training step; {asked.tokens:,} tokens a device, rows of "
+        f"{asked.row_bytes:,} bytes\n"
+        f"{asked.cluster.devices_per_node} devices a node; in it {words[0]}, between nodes {words[1]}",
         title_justify="left",
     )
     heads = {"devices": "devices", "expert_parallel": "expert-parallel", "nodes": "nodes"}
