@@ -106,7 +106,8 @@ def spread(devices: int, experts: int, cluster: Cluster) -> Shape:
 
 
 def _fits(expert: int, devices: int, experts: int, per_node: int) -> bool:
-    return devices % expert == 0 and experts % expert == 0 and (expert % per_node == 0 or expert < per_node)
+    whole_nodes = expert % per_node == 0 or per_node % expert == 0 or devices <= per_node
+    return devices % expert == 0 and experts % expert == 0 and whole_nodes
 
 
 def copies_share(sets_NK: Tensor, device_E: Tensor, devices: int) -> Tensor:
