@@ -112,9 +112,8 @@ def device_table(results: list[Compared], wanted: Wanted, step: Step | None, hel
     """A row for each layer and method, and for all layers together."""
     devices = results[0].devices
     nodes = f" on {wanted.nodes} nodes" if wanted.nodes > 1 else ""
-    table = Table(
-        title=f"D={devices} devices{nodes}, load at most {wanted.load_bound:g} of the mean", title_justify="left"
-    )
+    title = f"D={devices} devices{nodes}; bound on load {wanted.load_bound:g} (largest over mean)"
+    table = Table(title=title, title_justify="left")
     unit = "MB a step" if step else "rows a token"
     names = ["layer", "method", "C_T", *(["held out"] if held_out else []), *(["nodes"] if nodes else [])]
     for name in (*names, "intra", "load", unit):
@@ -138,10 +137,14 @@ def _add_row(table: Table, layer: str, name: str, results: list[Compared], nodes
     if nodes:
         cells.append(f"{fmean(c.nodes for c in costs):.3f}")
     rows = EXCHANGES * sum(rows_moved(c.c_t, results[0].devices) for c in costs)
-    moved = f"{rows * step.tokens * step.hidden * step.itemsize / 1e6:,.1f}" if step else f"{rows:.2f}"
+    moved = _megabytes(rows * step.tokens * step.hidden * step.itemsize) if step else f"{rows:.2f}"
     first = name == next(iter(results[0].solutions))
     intra = f"{fmean(c.intra_share for c in costs):.1%}"
     table.add_row(layer if first else "", name, *cells, intra, f"{max(c.load for c in costs):.2f}", moved)
+
+
+def _megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f}" if nbytes >= 1e7 else f"{nbytes / 1e6:.3f}"
 
 
 def sentences(results: list[Compared], wanted: Wanted, top_k: int) -> list[str]:
@@ -153,7 +156,7 @@ def sentences(results: list[Compared], wanted: Wanted, top_k: int) -> list[str]:
         if not result.chosen.bound_met:
             lines.append(
                 f"D={result.devices}, layer {result.layer}: no placement meets the load bound of "
-                f"{wanted.load_bound:g}; the least maximum is {result.chosen.limit:.3f}, which was the bound"
+                f"{wanted.load_bound:g}; it is held to the least maximum, {result.chosen.limit:.3f}"
             )
     return lines
 
