@@ -39,14 +39,17 @@ def command(
     nodes: Annotated[int, typer.Option(help="Nodes that the devices are on.", min=1)] = 1,
     node_cost: Annotated[float, typer.Option(help="Of reaching a further node; a device costs 1.", min=0)] = NODE_COST,
     for_devices: Annotated[
-        int, typer.Option(help="Devices that --output, --figure and --apply are for. [default: parallel.expert]", min=0)
+        int,
+        typer.Option(
+            help="Devices that --output, --figure and --apply are for.", show_default="parallel.expert", min=0
+        ),
     ] = 0,
     output: Annotated[Path | None, typer.Option(help="Placement to write, for moe.placement=FILE.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture of collaborations before and after (png, pdf).")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Statistics of other text, to judge by.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Set it in the checkpoint that was named.")] = False,
-    hidden: Annotated[int, typer.Option(help="Model width, for bytes. [default: the run's]", min=0)] = 0,
-    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, for bytes. [default: the run's]", min=0)] = 0,
+    hidden: Annotated[int, typer.Option(help="Model width, for bytes.", show_default="the run's", min=0)] = 0,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, for bytes.", show_default="the run's", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same placement.", min=0)] = 0,
 ) -> None:
     """Compare placements of experts by how many devices a token needs (C_T), and write the chosen one."""

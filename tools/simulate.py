@@ -57,22 +57,26 @@ def command(
     shape: Annotated[str, typer.Option(help="Without statistics: a model's name or H,F,E,K.")] = "olmoe",
     clusters: Annotated[int, typer.Option(help="Without statistics: groups of experts used together.", min=1)] = 8,
     strength: Annotated[float, typer.Option(help="Without statistics: of the groups; 0 is uniform.", min=0)] = 2.5,
-    layer: Annotated[int | None, typer.Option(help="One layer alone. [default: the mean of all]")] = None,
+    layer: Annotated[int | None, typer.Option(help="One layer alone.", show_default="the mean of all")] = None,
     devices: Annotated[str, typer.Option(help="Numbers of devices.")] = "2,4,8,16,32,64,128,256,512,1024",
     cluster: Annotated[Path | None, typer.Option(help="YAML with devices_per_node, intra and inter.")] = None,
-    per_node: Annotated[int, typer.Option(help="Devices of a node. [default: the description's, 8]", min=0)] = 0,
+    per_node: Annotated[int, typer.Option(help="Devices of a node.", show_default="the description's, 8", min=0)] = 0,
     tokens: Annotated[int, typer.Option(help="Of a device, in a micro-batch.", min=1)] = 8192,
-    hidden: Annotated[int, typer.Option(help="Model width. [default: the run's or the shape's]", min=0)] = 0,
+    hidden: Annotated[int, typer.Option(help="Model width.", show_default="the run's or the shape's", min=0)] = 0,
     value_bytes: Annotated[int, typer.Option(help="Bytes of an activation.", min=1)] = 2,
     method: Annotated[str, typer.Option(help=f"Of placing: {', '.join(METHODS)}.")] = "hypergraph",
     load_bound: Annotated[float, typer.Option(help="Of the placement.")] = 1.1,
     prune: Annotated[str, typer.Option(help="Devices that pruning leaves a token.")] = "1,2",
     csv: Annotated[Path | None, typer.Option(help="Write all columns there.")] = None,
     measure: Annotated[bool, typer.Option("--fit", help="Measure this machine first, and take it for a node.")] = False,
-    ranks: Annotated[int, typer.Option(help="With --fit: ranks. [default: all GPUs, or 4 on CPU]", min=0)] = 0,
+    ranks: Annotated[int, typer.Option(help="With --fit: ranks.", show_default="all GPUs, or 4 on CPU", min=0)] = 0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> int:
-    """Expected all-to-all time of one layer in a training step, for several ways to dispatch and numbers of devices."""
+    """Expected all-to-all time of one layer in a training step, for several ways to dispatch and numbers of devices.
+
+    A cluster is described as devices_per_node: 8, intra: {latency_us: 3, gigabytes_per_second: 380}, inter:
+    {latency_us: 8, gigabytes_per_second: 45}, of a message and of one device each way; these are the defaults.
+    """
     described = Cluster.load(cluster) if cluster else Cluster()
     if per_node:
         described = replace(described, devices_per_node=per_node)
