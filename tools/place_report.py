@@ -113,7 +113,8 @@ def device_table(results: list[Compared], wanted: Wanted, step: Step | None, hel
     devices = results[0].devices
     nodes = f" on {wanted.nodes} nodes" if wanted.nodes > 1 else ""
     title = f"D={devices} devices{nodes}; bound on load {wanted.load_bound:g} (largest over mean)"
-    table = Table(title=title, title_justify="left")
+    caption = "all: means over layers, but the largest load and the sum of what moves"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     unit = "MB a step" if step else "rows a token"
     names = ["layer", "method", "C_T", *(["held out"] if held_out else []), *(["nodes"] if nodes else [])]
     for name in (*names, "intra", "load", unit):
