@@ -55,7 +55,8 @@ class Compared:
     """Devices a token saved by the chosen method against the order of ids, and their standard error, as all tokens are
     the same; by the held-out statistics if there are any."""
     over_best: tuple[float, float]
-    """Devices a token that it needs more than the better of greedy (within the same bound) and contiguous."""
+    """What a token costs more than with the better of greedy (within the same bound) and contiguous, in devices; on
+    several nodes, in devices and nodes at their cost."""
 
     @property
     def chosen(self) -> Solution:
@@ -71,13 +72,15 @@ def compare(
     costs = {name: cost(statistics, s.placement, devices, wanted.nodes) for name, s in solutions.items()}
     judge = held_out or statistics
     others = {name: cost(judge, s.placement, devices, wanted.nodes) for name, s in solutions.items()}
-    tokens = {
-        name: groups_of_tokens(judge.sets_NK, device_of(s.placement, devices), devices) for name, s in solutions.items()
-    }
-    chosen_N = tokens[wanted.method]
+    homes = {name: device_of(s.placement, devices) for name, s in solutions.items()}
+    tokens = {name: groups_of_tokens(judge.sets_NK, device_E, devices) for name, device_E in homes.items()}
+    saved = mean_and_error(tokens["contiguous"] - tokens[wanted.method])
+    for name, device_E in homes.items() if wanted.nodes > 1 else ():
+        nodes_N = groups_of_tokens(judge.sets_NK, device_E // (devices // wanted.nodes), wanted.nodes)
+        tokens[name] = tokens[name] + wanted.node_cost * nodes_N
     rivals = [tokens[name] for name in ("contiguous", "greedy") if name in tokens]
     best_N: Tensor = min(rivals, key=lambda values: float(values.double().mean()))
-    saved, over = mean_and_error(tokens["contiguous"] - chosen_N), mean_and_error(chosen_N - best_N)
+    over = mean_and_error(tokens[wanted.method] - best_N)
     return Compared(layer, devices, solutions, costs, others if held_out else {}, saved, over)
 
 

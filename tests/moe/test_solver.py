@@ -258,7 +258,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, int, int, int]:
     return torch.tensor(draw(st.lists(token, min_size=1, max_size=30))), experts, nodes * per_node, nodes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems(), st.sampled_from(["contiguous", "greedy", "hypergraph"]), st.sampled_from([1.0, 1.1, 2.0, math.inf]))
 def test_always_a_placement_within_its_limit(problem: tuple[Tensor, int, int, int], method: str, bound: float) -> None:
     sets_TK, experts, devices, nodes = problem

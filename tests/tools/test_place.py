@@ -160,6 +160,17 @@ def test_says_when_placement_is_not_worth_it() -> None:
     assert "not worth it" not in verdict(choices(0)[:300], EXPERTS, 4, choices(0)[300:600])
 
 
+def test_compares_by_what_was_minimised() -> None:
+    """On nodes a placement may need more devices if it needs fewer nodes."""
+    statistics, wanted = statistics_of(choices(0, 1.0), EXPERTS), Wanted("hypergraph", 2.0, 2, 8.0, 0)
+    found = compare(0, statistics, None, 4, wanted)
+    costs = {name: c.c_t + 8 * c.nodes for name, c in found.costs.items()}
+    best = min(costs["contiguous"], costs["greedy"])
+    assert found.over_best[0] == pytest.approx(costs["hypergraph"] - best)
+    assert found.over_best[0] <= 0
+    assert found.saved[0] == pytest.approx(found.costs["contiguous"].c_t - found.costs["hypergraph"].c_t)
+
+
 def test_says_that_a_bound_cannot_be_met() -> None:
     one_is_hot_TK = torch.tensor([[0, 1, e] for e in range(2, 8)] * 5)
     text = verdict(one_is_hot_TK, 8, 4)
