@@ -16,6 +16,8 @@ TOOLS = {
     "export": "Write a checkpoint as a Hugging Face model.",
     "generate": "Continue a prompt with a trained model.",
     "profile": "Count how experts are chosen together.",
+    "place": "Say which experts should share a device.",
+    "simulate": "Expected all-to-all times on a cluster.",
     "report": "Sum up a run.",
     "bench": "Measure layers and training steps against other implementations.",
 }

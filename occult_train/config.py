@@ -42,7 +42,7 @@ class ReplaceConfig:
     method: str = "hypergraph"
     """As of `occult place`."""
     load_bound: float = 1.1
-    """Largest load of a device over the mean, in the window. greedy heeds none."""
+    """Largest load of a device over the mean, in the window. contiguous heeds none."""
     min_gain: float = 0.01
     """A layer's experts move only if its C_T is expected to fall by at least this share."""
 

@@ -10,8 +10,9 @@ import numpy as np
 from occult_train.moe.balance import device_loads
 from occult_train.moe.spread import Floats, Ints, Sets, Spread, touched
 
-ROUNDS, STEPS, KICKS = 6, 500, 6
-"""Of tabu search, of exchanges in each (at most; eight an expert), and of random exchanges before one."""
+ROUNDS, STEPS, KICKS, SCATTERED = 10, 500, 6, 2
+"""Of tabu search, of exchanges in each (at most; eight an expert), of random exchanges before one, and of rounds that
+begin anywhere: where loads bind, the good placements lie in several valleys."""
 SAMPLE = 50_000
 """Distinct sets that rounds go by."""
 LAST_PINS = 2e8
@@ -125,8 +126,8 @@ def repair(state: State) -> bool:
 def improve(problem: Problem, starts: list[Ints], seed: int) -> Ints:
     """The cheapest placement within the load limit that rounds of tabu search find [E].
 
-    The first rounds go out from the starts, the others from the best so far after some exchanges at random. Where
-    there are many sets, rounds go by a sample and a last one by all of them.
+    The first rounds go out from the starts and from random placements, the others from the best so far after some
+    exchanges at random. Where there are many sets, rounds go by a sample and a last one by all of them.
 
     Args:
         starts: placements [E] within the limit; the result is at most as expensive as any.
@@ -134,9 +135,11 @@ def improve(problem: Problem, starts: list[Ints], seed: int) -> Ints:
     random = np.random.default_rng(seed)
     sample = problem.sampled()
     steps = min(STEPS, 8 * problem.loads_E.size)
+    scattered = [random.permutation(starts[0]) for _ in range(SCATTERED)]
+    first = [*starts, *scattered]
     best_E, best = starts[0], np.inf
-    for number in range(max(ROUNDS, len(starts))):
-        start_E = starts[number] if number < len(starts) else _kicked(best_E, random)
+    for number in range(max(ROUNDS, len(first))):
+        start_E = first[number] if number < len(first) else _kicked(best_E, random)
         found_E, cost = search(State(sample, start_E), steps, random)
         if cost < best:
             best_E, best = found_E, cost

@@ -72,7 +72,8 @@ def solution(
 
     `contiguous` puts expert e in slot e and knows no bound. `greedy` is the paper's, then exchanges that bring the
     loads within the bound for the least C_T. `hypergraph` minimises the mean over tokens of |devices(t)| + node_cost ·
-    |nodes(t)| (C_T, on one node): a partitioner's result and the greedy one, refined by exchanges.
+    |nodes(t)| (C_T, on one node): the results of a partitioner and of the other methods, brought within the bound and
+    refined by exchanges; by the statistics' sample it is at most as expensive as they then are.
 
     Args:
         method: one of METHODS.
@@ -92,7 +93,8 @@ def solution(
         return _solution(_contiguous(experts, devices), statistics.loads_E, math.inf, math.inf, devices)
     greedy_E = _greedy(statistics.pairs_EE, devices).numpy()
     loads_E = statistics.loads_E.numpy().astype(np.float64)
-    bound = load_bound * loads_E.sum() / devices
+    total = float(loads_E.sum())
+    bound = load_bound * total / devices if total else math.inf
     within_E = balanced(loads_E, devices, bound)
     limit = max(bound, float(device_loads(within_E, loads_E, devices).max()))
     sets = Sets.of(statistics.sets_NK.numpy(), experts)
@@ -100,7 +102,7 @@ def solution(
     start_E = _repaired(problem, greedy_E, within_E)
     if method == "hypergraph":
         start_E = _hypergraph(problem, start_E, within_E, seed)
-    relative = max(load_bound, limit * devices / max(float(loads_E.sum()), 1.0))
+    relative = max(load_bound, limit * devices / total) if total else load_bound
     return _solution(torch.from_numpy(start_E), statistics.loads_E, relative, load_bound, devices)
 
 
@@ -110,7 +112,9 @@ def _hypergraph(problem: Problem, greedy_E: Ints, within_E: Ints, seed: int) -> 
     if problem.devices in (1, problem.loads_E.size) and problem.nodes == 1:
         return greedy_E  # all placements are equal
     first_E = partition(problem.sets, problem.devices, problem.nodes, seed)
-    return improve(problem, [_repaired(problem, first_E, within_E), greedy_E], seed)
+    contiguous_E = _contiguous(problem.loads_E.size, problem.devices).numpy()
+    starts = [_repaired(problem, start_E, within_E) for start_E in (first_E, greedy_E, contiguous_E)]
+    return improve(problem, starts, seed)
 
 
 def _repaired(problem: Problem, device_E: Ints, within_E: Ints) -> Ints:
@@ -130,6 +134,21 @@ def _check(method: str, experts: int, devices: int, nodes: int, load_bound: floa
         raise PlacementError(f"nodes={nodes} does not divide devices={devices}")
     if not load_bound >= 1:
         raise PlacementError(f"load_bound={load_bound} is below 1, the load of perfect balance")
+
+
+def given(placement: Placement, statistics: LayerStatistics, devices: int) -> Solution:
+    """A placement of the user's own, with its load; no bound is asked of it.
+
+    Raises:
+        PlacementError: devices that do not divide the experts, or a placement of other experts.
+    """
+    experts = statistics.loads_E.numel()
+    if len(placement.slot_to_expert) != experts:
+        raise PlacementError(f"a placement of {len(placement.slot_to_expert)} experts, statistics of {experts}")
+    _check("contiguous", experts, devices, 1, math.inf)
+    return Solution(
+        placement, load_ratio(device_of(placement, devices), statistics.loads_E, devices), math.inf, math.inf
+    )
 
 
 def _solution(device_E: Tensor, loads_E: Tensor, limit: float, bound: float, devices: int) -> Solution:

@@ -15,15 +15,11 @@ def statistics_of(sets_TK: Tensor, experts: int) -> LayerStatistics:
     Args:
         sets_TK: [T, K] distinct experts of each token, any integer type.
     """
-    chosen_TE = torch.zeros(sets_TK.shape[0], experts, dtype=torch.float32).scatter_(1, sets_TK.long(), 1.0)
-    pairs_EE = sum((part.T.double() @ part.double() for part in chosen_TE.split(65536)), torch.zeros(experts, experts))
-    loads_E = pairs_EE.diagonal().long()
-    return LayerStatistics(
-        tokens=sets_TK.shape[0],
-        loads_E=loads_E,
-        pairs_EE=(pairs_EE - pairs_EE.diagonal().diag()).long(),
-        sets_NK=sets_TK.sort(1).values.to(torch.int16),
-    )
+    products_EE = torch.zeros(experts, experts, dtype=torch.float64)
+    for part_TK in sets_TK.long().split(65536):
+        chosen_TE = torch.zeros(part_TK.shape[0], experts).scatter_(1, part_TK, 1.0)
+        products_EE += chosen_TE.T @ chosen_TE
+    return LayerStatistics.of(sets_TK.shape[0], products_EE, sets_TK.sort(dim=1).values.to(torch.int16))
 
 
 def clustered(

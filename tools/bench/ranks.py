@@ -44,6 +44,10 @@ class Launch:
     """How long one task may take."""
     start_seconds: float = 180.0
     """How long importing and joining may take."""
+    prefixes: tuple[tuple[str, ...], ...] = ()
+    """Of each rank's command, such as what starts it on a network of its own; empty for none."""
+    address: str = "127.0.0.1"
+    """Of rank 0, for the others."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,17 @@ class _Ranks:
         (self.folder / "job").write_bytes(pickle.dumps(job))
         (self.folder / "results").touch()
         environment = dict(os.environ) | launch.environment
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+        environment |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(distributed.free_port())}
         environment |= {"WORLD_SIZE": str(launch.ranks), "LOCAL_SIZE": str(launch.ranks)}
         if launch.cpu:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.processes = [self._start(rank, environment) for rank in range(launch.ranks)]
 
     def _start(self, rank: int, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        prefix = self.launch.prefixes[rank] if self.launch.prefixes else ()
         with (self.folder / f"log-{rank}").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", __name__, str(self.folder)],
+                [*prefix, sys.executable, "-m", __name__, str(self.folder)],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
