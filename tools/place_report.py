@@ -171,7 +171,7 @@ def _verdict(results: list[Compared], wanted: Wanted, top_k: int) -> list[str]:
     before, after = (fmean(c[name].c_t for c in costs) for name in ("contiguous", wanted.method))
     saved = fmean(r.saved[0] for r in results)
     error = math.sqrt(sum(r.saved[1] ** 2 for r in results)) / len(results)
-    words = f"{-saved / before:+.1%} ± {error / before:.1%}{', held out' if held_out else ''}"
+    words = f"{-saved / before:+.1%} ± {error / before:.2%}{', held out' if held_out else ''}"
     text = f"D={devices}: C_T {before:.3f} → {after:.3f} ({words})"
     if not (saved >= MIN_GAIN * before and saved > 2 * error):
         text += f": placement is not worth it, it saves less than {MIN_GAIN:.0%}"

@@ -104,7 +104,7 @@ def test_prints_costs_writes_and_draws(
     mean = sum(found.c_t for found in expected.values()) / 2
     assert table["all", "hypergraph"][0] == f"{mean:.3f}"
     assert {method for _, method in table} == {"contiguous", "greedy, no bound", "greedy", "hypergraph"}
-    assert re.search(r"^D=4: C_T \d\.\d+ → \d\.\d+ \(-\d+\.\d% ± \d\.\d%, held out\)$", text, re.MULTILINE)
+    assert re.search(r"^D=4: C_T \d\.\d+ → \d\.\d+ \(-\d+\.\d% ± \d\.\d\d%, held out\)$", text, re.MULTILINE)
     with Image.open(figure) as image:
         assert image.size[0] > 500
 
