@@ -88,9 +88,12 @@ def load_theirs(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind: Any = AutoModelForCausalLM
+    plain = {"experts_implementation": "eager"}  # grouped products want widths of whole 16 bytes
     if read_config(folder).family.modelling:
         from occult_train.models.families.modeling_deepseek import DeepseekForCausalLM as kind
-    theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+
+        plain = {}
+    theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **plain)
     odd = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if odd:
         raise UserError(f"{folder}: transformers finds these tensors missing, unexpected or of another shape: {odd}")

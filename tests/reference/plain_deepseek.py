@@ -140,7 +140,8 @@ def _moe(config: dict[str, Any], w: dict[str, Tensor], at: str, x: Tensor) -> tu
     scores = torch.softmax(x @ w[f"{at}gate.weight"].T, dim=-1)
     rows, counts, picks = [], torch.zeros(experts), []
     for t in range(length):
-        best = sorted(range(experts), key=lambda e: -float(scores[t, e]))[:k]
+        row_scores = scores[t].tolist()
+        best = sorted(range(experts), key=lambda e: -row_scores[e])[:k]
         picks.append(torch.tensor(best))
         norm = scores[t, best].sum() + 1e-20 if config["norm_topk_prob"] and k > 1 else 1.0
         row = sum(scores[t, e] / norm * _mlp(w, f"{at}experts.{e}.", x[t]) for e in best)
