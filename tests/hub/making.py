@@ -1,5 +1,6 @@
 """Random Hugging Face models of every family, of odd sizes, and what their own code computes."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,3 +141,18 @@ def ours(folder: Path, runtime: Runtime | None = None) -> GPT:
 def difference(got: Tensor, expected: Tensor) -> float:
     """‖got − expected‖/‖expected‖"""
     return float((got - expected).norm() / expected.norm())
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 257 ids, as the hub's models have them, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
