@@ -361,6 +361,8 @@ def load(arguments: list[str]) -> Config:
             merged = OmegaConf.merge(merged, parts[-1])
         except _MERGE_ERRORS as error:
             raise ConfigError(_explain(error, argument)) from None
+    if OmegaConf.is_missing(merged.model, "from_pretrained"):
+        raise ConfigError("model.from_pretrained has no value; name the folder of a Hugging Face model")
     pretrained = _pretrained(merged.model.from_pretrained, parts)
     try:
         if pretrained is not None:

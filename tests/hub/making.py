@@ -61,6 +61,7 @@ DEEPSEEKS: dict[str, dict[str, Any]] = {
         **{"attention_bias": True, "moe_layer_freq": 2, "num_hidden_layers": 5, "norm_topk_prob": True},
         **{"n_shared_experts": 1, "aux_loss_alpha": 0.02},
     },
+    "deepseek, one expert a token": {"num_experts_per_tok": 1, "norm_topk_prob": True, "aux_loss_alpha": 0.05},
     "deepseek, nothing shared": {"n_shared_experts": None, "num_key_value_heads": 4, "first_k_dense_replace": 0},
 }
 NAMES = [*CONFIGS, *DEEPSEEKS]

@@ -6,6 +6,7 @@ from pathlib import Path
 import making
 import pytest
 import torch
+import transformers
 
 from occult_train.checkpoint.store import open_checkpoint
 from occult_train.hub.source import open_model
@@ -85,6 +86,33 @@ def test_loss_and_gradients_are_the_family_s(theirs: making.Theirs) -> None:
         assert making.difference(parameter.grad, weight.grad) < 2 * TOLERANCE, name
         compared += 1
     assert compared > 20
+
+
+def test_deepseek_exports_with_its_class(tmp_path: Path) -> None:
+    """What a user types: transformers runs the file beside the weights, also step by step with its cache."""
+    making.make("deepseek", tmp_path / "model")
+    import_model(open_model(tmp_path / "model"), tmp_path / "run")
+    export(open_checkpoint(tmp_path / "run"), tmp_path / "hf", "auto", 10**9, None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    ids = torch.randint(131, (2, 9), generator=torch.Generator().manual_seed(1))
+    ours = load_model(open_checkpoint(tmp_path / "run"))
+    with torch.no_grad():
+        assert making.difference(model(ids).logits, ours(ids)) < TOLERANCE
+        made = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None)
+        for step in range(9, 14):
+            assert torch.equal(ours(made[:, :step])[:, -1].argmax(-1), made[:, step])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_half_precision_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    made = making.make(name, tmp_path / "model", torch.bfloat16)
+    import_model(open_model(tmp_path / "model"), tmp_path / "run")
+    export(open_checkpoint(tmp_path / "run"), tmp_path / "hf", "auto", 10**9, None)
+    again = making.read_all(tmp_path / "hf")
+    assert {tensor.dtype for tensor in again.values()} == {torch.bfloat16}
+    assert all(torch.equal(again[key], tensor) for key, tensor in made.saved.items())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", making.CONFIGS)
