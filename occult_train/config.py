@@ -361,8 +361,6 @@ def load(arguments: list[str]) -> Config:
             merged = OmegaConf.merge(merged, parts[-1])
         except _MERGE_ERRORS as error:
             raise ConfigError(_explain(error, argument)) from None
-    if OmegaConf.is_missing(merged.model, "from_pretrained"):
-        raise ConfigError("model.from_pretrained has no value; name the folder of a Hugging Face model")
     pretrained = _pretrained(merged.model.from_pretrained, parts)
     try:
         if pretrained is not None:
@@ -380,7 +378,11 @@ def load(arguments: list[str]) -> Config:
 
 def _pretrained(folder: str, parts: list[Any]) -> HubConfig | None:
     """What model.from_pretrained brings. A run's config.yaml holds every setting of the model and asks no more."""
-    given = {name for part in parts for name in part.get("model") or {}}
+    sections = [part.get("model") for part in parts if OmegaConf.is_dict(part.get("model"))]
+    given = {name for section in sections for name in section}
+    asked = [OmegaConf.is_missing(s, "from_pretrained") for s in sections if "from_pretrained" in s.keys()]  # noqa: SIM118
+    if asked and asked[-1]:  # merging takes ??? for nothing said
+        raise ConfigError("model.from_pretrained has no value; name the folder of a Hugging Face model")
     if not folder or all(f.name in given for f in dataclasses.fields(ModelConfig)):
         return None
     try:

@@ -62,7 +62,7 @@ def read_config(folder: Path) -> HubConfig:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; name the folder of a Hugging Face model")
+        raise ConfigError(f"{folder} is not a folder; models of the hub are downloaded first (hf download --local-dir)")
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
