@@ -117,6 +117,7 @@ class Trainer:
                 hub_files.forget(self.output)
             return
         self._keep_hub_files(Path(folder), f"model.from_pretrained={folder}")
+        self.monitor.say(f"reading weights of {folder}")
         started = time.perf_counter()
         model = open_model(Path(folder))
         checkpoint_state.load(self.engine, self.grid, model)

@@ -74,10 +74,9 @@ def check_same_tokenizer(model: Path, corpus: Path | None, setting: str) -> None
         DataError: the tokenizers are not the same.
     """
     found = find_tokenizer(model)
-    if found is None or corpus is None:
+    if found is None or corpus is None or found.read_bytes() == corpus.read_bytes():
         return
-    ours, theirs = load_tokenizer(corpus), load_tokenizer(found)
-    if ours.fingerprint() == theirs.fingerprint() or ours.encode(SAMPLE) == theirs.encode(SAMPLE):
+    if load_tokenizer(corpus).encode(SAMPLE) == load_tokenizer(found).encode(SAMPLE):
         return
     raise DataError(
         f"the corpus was made with tokenizer {corpus}, {setting} has another, {found}; prepare the text with "
