@@ -116,7 +116,5 @@ def _config(model: HubModel, output: Path) -> Config:
 
 def _state(model: HubModel) -> dict[str, Any]:
     """What a checkpoint says beside tensors, of a run that has not begun."""
-    shape = model.config.model
-    placement = {str(i): list(range(shape.num_experts)) for i in shape.moe_layers}
     imported = {"folder": str(model.folder), "family": model.config.family.model_type}
-    return {"step": 0, "consumed_samples": 0, "adam_step": 0, "placement": placement, "imported": imported}
+    return {"step": 0, "consumed_samples": 0, "adam_step": 0, "imported": imported}

@@ -1,5 +1,6 @@
 """Rules that turn settings of ours into those of a family's config.json and back. A table is a list of them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +80,15 @@ def rope(default_theta: float) -> Rule:
 
     def read(hub: dict[str, Any]) -> dict[str, Any]:
         given = {**(hub.get("rope_parameters") or {}), **(hub.get("rope_scaling") or {})}
-        theta = given.pop("rope_theta", None) or hub.get("rope_theta") or default_theta
+        thetas = {theta for theta in (given.pop("rope_theta", None), hub.get("rope_theta")) if theta is not None}
+        if len(thetas) > 1:
+            raise Unfit(f"two values of rope_theta, {sorted(thetas)}")
         kinds = {given.pop(name, "default") for name in ("rope_type", "type")}
         partial = {given.pop("partial_rotary_factor", 1.0), hub.get("partial_rotary_factor") or 1.0}
         if kinds != {"default"} or partial != {1.0} or given:
             found = {name: hub[name] for name in keys if hub.get(name) is not None}
             raise Unfit("scaled or partial rotary positions: " + ", ".join(f"{k}={v}" for k, v in found.items()))
-        return {"rope_theta": _typed("rope_theta", theta, float)}
+        return {"rope_theta": _typed("rope_theta", thetas.pop() if thetas else default_theta, float)}
 
     def write(model: ModelConfig) -> dict[str, Any]:
         return {"rope_theta": model.rope_theta, "rope_scaling": None}
@@ -246,6 +249,6 @@ def shared_experts() -> Rule:
 def _typed(key: str, value: Any, kind: type) -> Any:
     """The value, if it is of the kind that our setting has."""
     right = isinstance(value, (int, float) if kind is float else kind)
-    if not right or (kind is not bool and isinstance(value, bool)):
+    if not right or (kind is not bool and isinstance(value, bool)) or not math.isfinite(value):
         raise Unfit(f"{key}={value!r}, which is no {kind.__name__}")
     return kind(value)

@@ -50,6 +50,8 @@ def read_config(folder: Path) -> HubConfig:
         kind, coefficient = family.read_aux(raw)
         model = ModelConfig(**fields)
         model.validate()
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{folder}/config.json ({family.model_type}) is damaged: {error!r}") from None
     except Unfit as error:
         raise ConfigError(f"{folder}/config.json ({family.model_type}) has {error}, which is not supported") from None
     except ConfigError as error:

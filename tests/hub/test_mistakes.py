@@ -101,6 +101,9 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a key is gone": (config(hidden_size=None), r"config.json \(olmoe\) has no hidden_size, which is not supported"),
     "a key is text": (config(num_experts="12"), "has num_experts='12', which is no int"),
+    "a key is a list": (config(rope_scaling="yarn"), r"config.json \(olmoe\) is damaged: TypeError"),
+    "a key is no number": (config(rms_norm_eps=float("nan")), "has rms_norm_eps=nan, which is no float"),
+    "two rotations": (config(rope_theta=7.0), r"has two values of rope_theta, \[7.0, 10000.0\]"),
     "rope scaling": (
         config(rope_scaling={"type": "yarn", "factor": 4.0}),
         "has scaled or partial rotary positions: .*rope_scaling={'type': 'yarn', 'factor': 4.0}, which is not",
@@ -234,6 +237,7 @@ def test_keys_that_mean_nothing_here_are_named(folder: Path) -> None:
         ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 32}, "a window, sliding_window=32"),
         ("qwen2_moe", {"layer_types": ["linear_attention"] * 3}, "layer_types=.'linear_attention'."),
+        ("qwen2_moe", {"mlp_only_layers": 3}, r"config.json .qwen2_moe. is damaged: TypeError"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "leaves no layer with experts"),
         ("deepseek", {"routed_scaling_factor": 16.0}, "routed_scaling_factor=16.0"),
         ("deepseek", {"scoring_func": "sigmoid"}, "scoring_func=sigmoid"),
