@@ -1,6 +1,7 @@
 """The `occult` command. Nothing heavy is imported before a command needs it."""
 
 import importlib
+import keyword
 import os
 import sys
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from occult_train.errors import UserError
 TOOLS = {
     "demo": "Train a small model on this machine, export it, report.",
     "prepare": "Turn text into a corpus and a tokenizer.",
+    "import": "Read a Hugging Face model into a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face model.",
     "generate": "Continue a prompt with a trained model.",
     "profile": "Count how experts are chosen together.",
@@ -21,7 +23,8 @@ TOOLS = {
     "report": "Sum up a run.",
     "bench": "Measure layers and training steps against other implementations.",
 }
-"""Commands that live in `occult_train.tools.<name>` as the function `command`, or groups of commands as `app`."""
+"""Commands that live in `occult_train.tools.<name>` as the function `command`, or groups of commands as `app`. A name
+that is a word of Python has an underscore behind it there."""
 
 
 class LazyGroup(TyperGroup):
@@ -61,7 +64,7 @@ def _load(name: str) -> Any:
 
     if not count_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import otherwise
-    module = f"occult_train.tools.{name}"
+    module = f"occult_train.tools.{name}{'_' if keyword.iskeyword(name) else ''}"
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

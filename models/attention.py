@@ -54,10 +54,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.dim_per_head
         q, kv = self.heads * self.width, self.kv_heads * self.width
-        self.q_proj = nn.Linear(config.hidden_size, q, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv, bias=False)
-        self.o_proj = nn.Linear(q, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q, bias=bias != "none")
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias != "none")
+        self.v_proj = nn.Linear(config.hidden_size, kv, bias=bias != "none")
+        self.o_proj = nn.Linear(q, config.hidden_size, bias=bias == "all")
+        self.clip = config.clip_qkv
         self.qk_norm = config.qk_norm
         if self.qk_norm != "none":
             sizes = (q, kv) if self.qk_norm == "full" else (self.width, self.width)
@@ -72,6 +74,8 @@ class Attention(nn.Module):
         q, k, v = self._split(q, self.heads), self._split(k, self.kv_heads), self._split(v, self.kv_heads)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
         grouped = self.heads != self.kv_heads
         out = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=grouped)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from occult_train.errors import ConfigError
 
 QK_NORMS = ("none", "full", "head")
+ATTENTION_BIASES = ("none", "qkv", "all")
 
 
 @dataclass
@@ -27,6 +28,10 @@ class ModelConfig:
     """0 means hidden_size / num_attention_heads."""
     qk_norm: str = "full"
     """RMSNorm on queries and keys: none, full (over all heads together, OLMoE) or head (each head, Qwen3)."""
+    attention_bias: str = "none"
+    """Biases in attention: none, qkv (queries, keys and values, Qwen2) or all (the output's too)."""
+    clip_qkv: float = 0.0
+    """Largest magnitude of queries, keys (both after their norm) and values. 0 does not clip."""
     num_experts: int = 64
     num_experts_per_tok: int = 8
     norm_topk_prob: bool = False
@@ -44,6 +49,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    from_pretrained: str = ""
+    """A Hugging Face model's folder to start from: its shape, weights and balancing loss. Empty starts from random."""
 
     @property
     def kv_heads(self) -> int:
@@ -72,6 +79,7 @@ class ModelConfig:
             "shared_expert_intermediate_size",
             "dense_intermediate_size",
             "initializer_range",
+            "clip_qkv",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative")
@@ -92,6 +100,8 @@ class ModelConfig:
             )
         if self.qk_norm not in QK_NORMS:
             raise ConfigError(f"model.qk_norm={self.qk_norm} is not one of {', '.join(QK_NORMS)}")
+        if self.attention_bias not in ATTENTION_BIASES:
+            raise ConfigError(f"model.attention_bias={self.attention_bias} is not one of {', '.join(ATTENTION_BIASES)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"model.num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
@@ -118,7 +128,8 @@ class ModelConfig:
     def _attention_params(self) -> int:
         q, kv = self.num_attention_heads * self.dim_per_head, self.kv_heads * self.dim_per_head
         norm = {"none": 0, "full": q + kv, "head": 2 * self.dim_per_head}[self.qk_norm]
-        return self.hidden_size * (2 * q + 2 * kv) + norm
+        bias = {"none": 0, "qkv": q + 2 * kv, "all": q + 2 * kv + self.hidden_size}[self.attention_bias]
+        return self.hidden_size * (2 * q + 2 * kv) + norm + bias
 
     def _layer_params(self, layer: int, experts: int) -> int:
         """Parameters of one layer, counting `experts` of its routed experts."""

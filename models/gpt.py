@@ -33,6 +33,7 @@ class Runtime:
     balance: str = "none"
     aux_loss_coef: float = 0.0
     aux_loss_scope: str = "micro_batch"
+    aux_loss: str = "mean"
     z_loss_coef: float = 0.0
     bias_update_rate: float = 0.0
     way: Way | None = None
@@ -111,7 +112,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.balancer = Balancer(runtime.balance, runtime.aux_loss_scope, runtime.bias_update_rate)
+        r = runtime
+        self.balancer = Balancer(r.balance, r.aux_loss_scope, r.bias_update_rate, r.aux_loss)
         self.last_losses: Losses | None = None
 
     def moe_layers(self) -> dict[int, MoELayer]:
@@ -148,7 +150,8 @@ class GPT(nn.Module):
         self.last_losses = Losses(cross_entropy.detach(), balance_Lm.detach(), z_Lm.detach())
         loss = cross_entropy + self.runtime.z_loss_coef * z_Lm.mean()
         if self.runtime.balance == "aux_loss":
-            loss = loss + self.runtime.aux_loss_coef * balance_Lm.mean()
+            balance = self.balancer.combine(balance_Lm, routings, self.config.num_experts_per_tok)
+            loss = loss + self.runtime.aux_loss_coef * balance
         return loss
 
     @torch.no_grad()
@@ -170,6 +173,7 @@ def _moe_options(config: ModelConfig, runtime: Runtime) -> MoEOptions:
         normalise=config.norm_topk_prob,
         shared_intermediate=config.shared_expert_intermediate_size,
         shared_gate=config.shared_expert_gate,
+        sequence_losses=runtime.aux_loss == "sequence",
         dispatcher=runtime.dispatcher,
         recompute=runtime.selective_checkpointing,
         way=runtime.way,

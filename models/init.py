@@ -10,7 +10,7 @@ from occult_train.models.gpt import GPT
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Draw every matrix from N(0, initializer_range); norms stay one.
+    """Draw every matrix from N(0, initializer_range); norms stay one, biases are zero.
 
     The result is the same logical model whatever the number of ranks, expert-parallel size and placement.
     """
@@ -22,6 +22,8 @@ def init_weights(model: GPT, seed: int) -> None:
     }
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
+            if name.endswith(".bias"):
+                parameter.zero_()
             continue
         if name in stacks:
             for weight, expert in zip(parameter, stacks[name], strict=True):

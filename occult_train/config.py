@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from occult_train.errors import ConfigError
+from occult_train.hub.folder import HubConfig, read_config
 from occult_train.models.config import ModelConfig
 
 DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
@@ -24,6 +25,7 @@ BACKENDS = ("auto", "reference", "fused")
 MATMULS = ("auto", "library", "triton", "joint", "mixed")
 TRANSPORTS = ("auto", "collective", "symmetric", "host")
 SCOPES = ("micro_batch", "global_batch")
+AUX_LOSSES = ("mean", "sum", "sequence", "pooled")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant")
 CHECKPOINTING = ("none", "selective")
@@ -86,6 +88,10 @@ class MoEConfig:
     balance: str = "aux_loss"
     """aux_loss (Switch Transformer), bias (loss-free, a bias on the scores that choose) or none."""
     aux_loss_coef: float = 0.01
+    aux_loss: str = "mean"
+    """How layers' losses make one: mean, sum, sequence (each sequence by itself, summed over layers; DeepSeek-MoE) or
+    pooled (all layers' tokens together, times K; OLMoE, Mixtral and Qwen as transformers defines it). An imported model
+    brings its family's; moe/losses.py has the formulas."""
     aux_loss_scope: str = "micro_batch"
     """Loads are counted over a rank's micro_batch, or over the global_batch so far (all ranks, accumulated)."""
     z_loss_coef: float = 0.001
@@ -259,6 +265,12 @@ class Config:
             raise ConfigError("moe.backend=fused deduplicates and cannot go with moe.dispatcher=all_to_all")
         _one_of("moe.balance", self.moe.balance, BALANCES)
         _one_of("moe.aux_loss_scope", self.moe.aux_loss_scope, SCOPES)
+        _one_of("moe.aux_loss", self.moe.aux_loss, AUX_LOSSES)
+        if self.moe.aux_loss == "sequence" and self.moe.aux_loss_scope == "global_batch":
+            raise ConfigError(
+                "moe.aux_loss=sequence balances each sequence by itself and cannot go with "
+                "moe.aux_loss_scope=global_batch"
+            )
         _one_of("train.precision", self.train.precision, PRECISIONS)
         _one_of("train.activation_checkpointing", self.train.activation_checkpointing, CHECKPOINTING)
         _one_of("scheduler.name", self.scheduler.name, SCHEDULES)
@@ -342,20 +354,50 @@ def load(arguments: list[str]) -> Config:
     Args:
         arguments: as typed, e.g. `["configs/demo.yaml", "train.steps=20"]`; files end in .yaml or .yml.
     """
-    merged = OmegaConf.structured(Config)
+    merged, parts = OmegaConf.structured(Config), []
     for argument in arguments:
         try:
-            merged = OmegaConf.merge(merged, _read(argument))
+            parts.append(_read(argument))
+            merged = OmegaConf.merge(merged, parts[-1])
         except _MERGE_ERRORS as error:
             raise ConfigError(_explain(error, argument)) from None
+    pretrained = _pretrained(merged.model.from_pretrained, parts)
     try:
+        if pretrained is not None:
+            merged = OmegaConf.merge(OmegaConf.structured(Config), pretrained.settings(), *parts)
         config = OmegaConf.to_object(merged)
     except _MERGE_ERRORS as error:
         raise ConfigError(_explain(error, "")) from None
     assert isinstance(config, Config)
     _check_values(config)
     config.validate()
+    if pretrained is not None:
+        _check_pretrained(config.model, pretrained)
     return config
+
+
+def _pretrained(folder: str, parts: list[Any]) -> HubConfig | None:
+    """What model.from_pretrained brings. A run's config.yaml holds every setting of the model and asks no more."""
+    sections = [part.get("model") for part in parts if OmegaConf.is_dict(part.get("model"))]
+    given = {name for section in sections for name in section}
+    asked = [OmegaConf.is_missing(s, "from_pretrained") for s in sections if "from_pretrained" in s.keys()]  # noqa: SIM118
+    if asked and asked[-1]:  # merging takes ??? for nothing said
+        raise ConfigError("model.from_pretrained has no value; name the folder of a Hugging Face model")
+    if not folder or all(f.name in given for f in dataclasses.fields(ModelConfig)):
+        return None
+    try:
+        return read_config(Path(folder))
+    except ConfigError as error:
+        raise ConfigError(f"model.from_pretrained={folder}: {error}") from None
+
+
+def _check_pretrained(model: ModelConfig, pretrained: HubConfig) -> None:
+    for name, value in pretrained.fields.items():
+        if getattr(model, name) != value:
+            raise ConfigError(
+                f"model.{name}={getattr(model, name)} was given, but model.from_pretrained={model.from_pretrained} "
+                f"has {value}"
+            )
 
 
 _MERGE_ERRORS = (OmegaConfBaseException, TypeError, ValueError, OverflowError)

@@ -100,6 +100,7 @@ def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
         balance=config.moe.balance,
         aux_loss_coef=config.moe.aux_loss_coef,
         aux_loss_scope=config.moe.aux_loss_scope,
+        aux_loss=config.moe.aux_loss,
         z_loss_coef=config.moe.z_loss_coef,
         bias_update_rate=config.moe.bias_update_rate,
     )

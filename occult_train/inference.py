@@ -7,11 +7,13 @@ from torch import Tensor
 
 from occult_train import config as configs
 from occult_train.checkpoint.logical import logical_tensors
-from occult_train.checkpoint.state import check_fits
+from occult_train.checkpoint.state import Weights, check_fits
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import Config
 from occult_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from occult_train.errors import CheckpointError, DataError
+from occult_train.hub import files as hub_files
+from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
 
 
@@ -20,7 +22,6 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
     return configs.load([str(checkpoint.folder / "config.yaml")])
 
 
-@torch.no_grad()
 def load_model(
     checkpoint: Checkpoint,
     device: torch.device | str = "cpu",
@@ -28,8 +29,20 @@ def load_model(
     runtime: Runtime | None = None,
 ) -> GPT:
     """The model with the checkpoint's weights, in evaluation mode; without `runtime` all experts on this device."""
+    return fill_model(checkpoint_config(checkpoint).model, checkpoint, device, dtype, runtime)
+
+
+@torch.no_grad()
+def fill_model(
+    config: ModelConfig,
+    checkpoint: Weights,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    runtime: Runtime | None = None,
+) -> GPT:
+    """As `load_model`, from anything that holds the weights of such a model."""
     with torch.device(device):
-        model = GPT(checkpoint_config(checkpoint).model, runtime)
+        model = GPT(config, runtime)
     logical = logical_tensors(model, model.runtime.grid)
     check_fits(checkpoint, logical, ("param",))
     for tensor in logical:
@@ -52,7 +65,7 @@ def run_tokenizer(checkpoint: Checkpoint, given: str = "") -> Tokenizer:
         DataError: it cannot be read, or has ids that the model lacks.
     """
     folder = checkpoint.folder.parent.parent
-    found = Path(given) if given else find_tokenizer(folder)
+    found = Path(given) if given else find_tokenizer(folder) or find_tokenizer(folder / hub_files.FOLDER)
     if found is None:
         raise CheckpointError(f"{folder}, the run of {checkpoint.folder.name}, has no tokenizer; name one: --tokenizer")
     tokenizer, known = load_tokenizer(found), checkpoint_config(checkpoint).model.vocab_size

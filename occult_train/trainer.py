@@ -8,16 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from occult_train import beginning
 from occult_train import config as configs
 from occult_train.checkpoint import placing
 from occult_train.checkpoint import state as checkpoint_state
-from occult_train.checkpoint.store import Checkpoint, find_latest, open_checkpoint, write_durably
+from occult_train.checkpoint.store import write_durably
 from occult_train.config import Config
 from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
 from occult_train.data.tokenizer import load_tokenizer
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
-from occult_train.errors import CheckpointError, writing
+from occult_train.errors import writing
 from occult_train.faults import StopSignal, set_step
+from occult_train.hub.source import HubModel
 from occult_train.meter import StepMeter, StepRecord, peak_flops
 from occult_train.monitor import Monitor
 from occult_train.parallel import zero
@@ -57,6 +59,7 @@ class Trainer:
         self.train_data, self.valid_data = build_datasets(config.data, config.train.seed, vocab_size=vocab)
         for index in range(self._held_out()):
             self.valid_data[index]  # text that does not fit the vocabulary is refused now, not when it is evaluated
+        self.start = beginning.find(config)  # what is wrong with it shows before anything is built
         torch.manual_seed(config.train.seed + self.grid.rank)
         self.engine = build_engine(config, self.grid, tensorboard=self.output / "tensorboard")
         self.model = self.engine.module
@@ -92,25 +95,24 @@ class Trainer:
         return self.output / "checkpoints"
 
     def _resume(self) -> None:
-        setting = self.config.checkpoint.resume
-        if setting == "none":
+        start = self.start
+        if self.grid.rank == 0:
+            with writing(f"output={self.config.output}"):
+                beginning.keep_files(start, self.output)
+        if start is None:
             return
-        own = find_latest(self.checkpoints)
-        if setting == "auto":
-            checkpoint = None if own is None else open_checkpoint(own)
+        placed = ""
+        if isinstance(start, HubModel):
+            self.monitor.say(f"reading weights of {start.folder}")
         else:
-            checkpoint = _given(setting)
-            if own is not None and not checkpoint.folder.resolve().is_relative_to(self.output.resolve()):
-                checkpoint = open_checkpoint(own)  # the run began with the given one and has gone on since
-        if checkpoint is None:
-            return
-        placed = placing.place(self.model.moe_layers(), self.config.moe.placement, self.given, checkpoint)
-        checkpoint_state.load(self.engine, self.grid, checkpoint)
-        self.step, self.consumed = checkpoint.step, int(checkpoint.state["consumed_samples"])
-        self.window.resume(checkpoint.folder)
-        self.replacer.resume(checkpoint.folder, self.step)
+            placed = placing.place(self.model.moe_layers(), self.config.moe.placement, self.given, start)
+        checkpoint_state.load(self.engine, self.grid, start)
+        self.step, self.consumed = start.step, int(start.state["consumed_samples"])
+        self.window.resume(start.folder)
+        self.replacer.resume(start.folder, self.step)
         self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
-        self.monitor.say(f"continuing {checkpoint.folder} at step {self.step}{placed}")
+        for line in beginning.describe(start, placed):
+            self.monitor.say(line)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment. Collective.
@@ -273,14 +275,6 @@ class Trainer:
             since, consumed = self._clock
             self._clock = (since + time.perf_counter() - started, consumed)
         return loss
-
-
-def _given(setting: str) -> Checkpoint:
-    """The checkpoint that checkpoint.resume names."""
-    try:
-        return open_checkpoint(Path(setting))
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint.resume={setting} (auto, none, or a path): {error}") from None
 
 
 def _due(step: int, interval: int) -> bool:

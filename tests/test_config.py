@@ -145,9 +145,13 @@ def test_to_yaml_holds_every_setting() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
-    config = load([str(path)])
+    needs_a_model = path.stem == "finetune"
+    config = load([str(path), *(["model.from_pretrained="] if needs_a_model else [])])
     check_deepspeed(config)
     assert config != Config()
+    if needs_a_model:
+        with pytest.raises(ConfigError, match=r"model.from_pretrained has no value; name the folder"):
+            load([str(path)])
 
 
 # --- errors of typing

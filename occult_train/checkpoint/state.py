@@ -4,7 +4,7 @@ import base64
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,36 @@ from torch import Tensor
 from occult_train.checkpoint import store
 from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
 from occult_train.checkpoint.shards import ShardWriter
-from occult_train.checkpoint.store import Checkpoint
 from occult_train.errors import CheckpointError
 from occult_train.moe.placement import to_table
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
+
+
+class Shaped(Protocol):
+    """A tensor's place in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+
+
+class Weights(Protocol):
+    """What can be loaded: a checkpoint, or a Hugging Face model, which has no optimizer."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def entries(self) -> Mapping[str, Shaped]:
+        """Logical tensors by name."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether Adam's moments are there."""
+
+    def read(self, name: str) -> Tensor:
+        """One logical tensor in fp32."""
 
 
 def save(
@@ -145,7 +170,7 @@ def _biases(engine: Any) -> dict[str, list[float]]:
     return {str(i): layer.router.expert_bias.tolist() for i, layer in engine.module.moe_layers().items()}
 
 
-def load(engine: Any, grid: Grid, checkpoint: Checkpoint) -> None:
+def load(engine: Any, grid: Grid, checkpoint: Weights) -> None:
     """Set master weights, moments, step count, loss scale, balancing bias and RNG from a checkpoint.
 
     Each rank reads the dense tensors and its own experts. The random generators are restored where the number of ranks
@@ -176,7 +201,7 @@ def load(engine: Any, grid: Grid, checkpoint: Checkpoint) -> None:
     _load_rng(grid, state.get("rng") or [])
 
 
-def check_fits(checkpoint: Checkpoint, logical: list[Logical], kinds: tuple[str, ...]) -> None:
+def check_fits(checkpoint: Weights, logical: list[Logical], kinds: tuple[str, ...]) -> None:
     """Raise CheckpointError unless the model's tensors on this rank are there with their shapes."""
     for tensor in logical:
         for piece in tensor.pieces:

@@ -32,6 +32,8 @@ class MoEOptions:
     normalise: bool = False
     shared_intermediate: int = 0
     shared_gate: bool = False
+    sequence_losses: bool = False
+    """Return a balancing loss of each sequence by itself; the input is [B, S, H] then."""
     dispatcher: str = "local"
     recompute: bool = False
     """Recompute experts in backward from the received rows, which are kept; nothing is routed or sent again."""
@@ -100,7 +102,8 @@ class MoELayer(ExpertParallelLayer):
             y_TH = self.dispatcher.combine(rows_RH, dispatched)
         if self.shared_expert is not None:
             y_TH = y_TH + self._run(self._shared, x_TH)
-        return y_TH.view_as(x), LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E)
+        sequences = self._sequence_loss(logits_TE, routing, x.shape[0]) if self.options.sequence_losses else None
+        return y_TH.view_as(x), LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E, sequences)
 
     def place(self, placement: Placement) -> None:
         """Route to the experts where `placement` has them, and tell DeepSpeed so. Their weights are not touched."""
@@ -135,6 +138,14 @@ class MoELayer(ExpertParallelLayer):
         if self.shared_expert_gate is not None:
             y_TH = self.shared_expert_gate(x_TH).sigmoid() * y_TH
         return y_TH
+
+    def _sequence_loss(self, logits_TE: Tensor, routing: Routing, sequences: int) -> Tensor:
+        """E * sum_e f_e * P_e of each sequence, averaged over them."""
+        probs_TE = logits_TE.softmax(dim=-1)
+        chosen_TE = torch.zeros_like(probs_TE).scatter_(1, routing.experts_TK, 1.0)
+        share_BE = chosen_TE.unflatten(0, (sequences, -1)).mean(dim=1) / self.options.top_k
+        probs_BE = probs_TE.unflatten(0, (sequences, -1)).mean(dim=1)
+        return self.options.experts * (share_BE * probs_BE).sum(dim=1).mean()
 
     def _run(self, function: Any, *inputs: Tensor) -> Tensor:
         if self.options.recompute and torch.is_grad_enabled():

@@ -20,23 +20,30 @@ class LayerRouting:
     """Mean over tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, eq. 5), differentiable."""
     counts_E: Tensor
     """[E] int64, tokens of this micro-batch that chose each expert."""
+    sequences: Tensor | None = None
+    """Mean over sequences of E * sum_e f_e * P_e, both of that sequence; differentiable. None unless asked for."""
 
 
 class Balancer:
     """Auxiliary losses of all layers, and the counts they need over accumulation steps and ranks.
 
     The load-balancing loss of a layer is E * sum_e f_e * P_e (Switch Transformer, arXiv 2101.03961, eq. 4), with f_e
-    the share of all assignments that went to expert e and P_e the mean probability of e; 1 when balanced. The model's
-    loss takes the mean over layers.
+    the share of all assignments that went to expert e and P_e the mean probability of e; 1 when balanced.
+
+    What enters the model's loss is, by `kind`: `mean` over layers; `sum` over layers (DeepSeek-MoE without seq_aux);
+    `sequence`, the sum over layers of the loss of each sequence by itself, averaged over sequences (DeepSeek-MoE,
+    arXiv 2401.06066, eq. 12, whose T is a sequence); `pooled`, one loss from the f_e and P_e of all layers' tokens
+    together, times K, as transformers defines it for OLMoE, Mixtral, Qwen2-MoE and Qwen3-MoE.
 
     scope `micro_batch`: f_e of this rank's micro-batch. scope `global_batch`: f_e over all ranks and over the
     accumulation steps of this optimizer step so far (arXiv 2501.11873, with its buffer over accumulation); P_e, which
     carries the gradient, stays that of the micro-batch.
     """
 
-    def __init__(self, balance: str, scope: str, bias_rate: float) -> None:
-        self.balance, self.scope, self.bias_rate = balance, scope, bias_rate
+    def __init__(self, balance: str, scope: str, bias_rate: float, kind: str = "mean") -> None:
+        self.balance, self.scope, self.bias_rate, self.kind = balance, scope, bias_rate, kind
         self._counts: Tensor | None = None
+        self._used: Tensor
         self._synced = False
 
     def losses(self, layers: list[LayerRouting]) -> tuple[Tensor, Tensor]:
@@ -49,9 +56,28 @@ class Balancer:
         counts = torch.stack([layer.counts_E for layer in layers])
         probs = torch.stack([layer.mean_prob_E for layer in layers])
         shared = self._add(counts)
-        used = (shared if self.scope == "global_batch" else counts).to(probs.dtype)
+        self._used = shared if self.scope == "global_batch" else counts
+        used = self._used.to(probs.dtype)
         share = used / used.sum(dim=1, keepdim=True).clamp(min=1)
         return counts.shape[1] * (share * probs).sum(dim=1), torch.stack([layer.z for layer in layers])
+
+    def combine(self, balance_Lm: Tensor, layers: list[LayerRouting], top_k: int) -> Tensor:
+        """What of the load-balancing losses enters the model's loss, a scalar; `losses` was called with these layers.
+
+        Args:
+            balance_Lm: as `losses` returned it.
+        """
+        if self.kind == "mean":
+            return balance_Lm.mean()
+        if self.kind == "sum":
+            return balance_Lm.sum()
+        if self.kind == "sequence":
+            return torch.stack([layer.sequences for layer in layers if layer.sequences is not None]).sum()
+        assert self.kind == "pooled", self.kind
+        probs_E = torch.stack([layer.mean_prob_E for layer in layers]).mean(dim=0)
+        used_E = self._used.sum(dim=0).to(probs_E.dtype)
+        share_E = used_E / used_E.sum().clamp(min=1)
+        return top_k * share_E.numel() * (share_E * probs_E).sum()
 
     def _add(self, counts: Tensor) -> Tensor:
         """Add counts [Lm, E] of a micro-batch to those of the step, over all ranks if each forward needs that."""

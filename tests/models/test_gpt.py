@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from occult_train.config import load
 from occult_train.models.config import ModelConfig
+from occult_train.models.families import family_of
 from occult_train.models.gpt import GPT, Runtime
-from occult_train.models.huggingface import family_of
 from occult_train.models.init import init_weights
 from occult_train.moe.placement import Placement
 from occult_train.moe.router import Router

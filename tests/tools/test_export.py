@@ -1,12 +1,12 @@
 """Export to Hugging Face: the same model, experts under their own ids, nothing dropped silently."""
 
+import errno
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,12 +17,13 @@ from occult_train.data.sentencepiece_training import train_sentencepiece
 from occult_train.data.tokenizer import Tokenizer, load_tokenizer
 from occult_train.engine import build_engine
 from occult_train.errors import ConfigError, UserError
+from occult_train.hub import writing
+from occult_train.hub.verify import Comparison
 from occult_train.moe.placement import Placement, to_json
 from occult_train.moving import move
 from occult_train.parallel.grid import Grid
 from occult_train.testing import run_distributed
-from occult_train.tools import export as export_module
-from occult_train.tools.export import compare_logits, export
+from occult_train.tools.export import export, verify_export
 
 SHAPE = [
     "model.vocab_size=320",
@@ -90,7 +91,9 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Tokeni
     (tmp_path / "placement.json").write_text(to_json(placements))
     opened = checkpoint(tmp_path, f"moe.placement={tmp_path}/placement.json", *overrides)
     export(opened, tmp_path / "hf", "auto", 100_000, tokenizer)
-    assert compare_logits(opened, tmp_path / "hf") < 1e-5
+    compared = verify_export(opened, tmp_path / "hf")
+    assert compared.logits < 1e-5
+    assert compared == Comparison(compared.logits, 3 * 128, 0, 0)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(model).__name__ == "OlmoeForCausalLM"
     assert not info["missing_keys"]
@@ -111,7 +114,9 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Tokeni
 def test_a_wrong_export_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     opened = checkpoint(tmp_path)
     export(opened, tmp_path / "hf", "bf16", 10**9, tokenizer)
-    assert compare_logits(opened, tmp_path / "hf") < 1e-5
+    compared = verify_export(opened, tmp_path / "hf")
+    assert compared.logits < 1e-5
+    assert compared == Comparison(compared.logits, 3 * 128, 0, 0)
     (shard,) = (tmp_path / "hf").glob("*.safetensors")
     weights = load_file(shard)
     a, b = (f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (2, 3))
@@ -119,14 +124,17 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None
     from safetensors.torch import save_file
 
     save_file(weights, shard, metadata={"format": "pt"})
-    assert compare_logits(opened, tmp_path / "hf") > 1e-3
+    compared = verify_export(opened, tmp_path / "hf")
+    assert compared.logits > 1e-3
+    with pytest.raises(UserError, match="logits differ"):
+        compared.check(tmp_path / "hf")
 
 
 def test_what_no_family_holds_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cases = {
         "bias": (["moe.balance=bias"], "balancing bias"),
-        "shared": (["model.shared_expert_intermediate_size=8"], "shared expert"),
-        "norm": (["model.qk_norm=head"], "qk_norm=head"),
+        "shared": (["model.shared_expert_intermediate_size=8"], "shared_expert_intermediate_size=8"),
+        "clip": (["model.qk_norm=head", "model.clip_qkv=2"], "clip_qkv=2.0 .it has none"),
     }
     for name, (overrides, message) in cases.items():
         opened = checkpoint(tmp_path / name, *overrides)
@@ -153,15 +161,17 @@ def test_an_export_that_a_full_disk_cut_short_can_be_made_again(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     opened = checkpoint(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "save_file", full)
-        with pytest.raises(UserError, match=r"--output=.*/hf cannot be written: .* No space left on device"):
+        patch.setattr(writing, "write_file", full)
+        with pytest.raises(UserError, match=r"--output=.*/hf cannot be written: No space left on device"):
             export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
     export(opened, tmp_path / "hf", "auto", 10**9, tokenizer)
-    assert compare_logits(opened, tmp_path / "hf") < 1e-5
+    compared = verify_export(opened, tmp_path / "hf")
+    assert compared.logits < 1e-5
+    assert compared == Comparison(compared.logits, 3 * 128, 0, 0)
 
 
 def test_an_export_does_not_tell_where_experts_lived(tmp_path: Path, tokenizer: Tokenizer) -> None:

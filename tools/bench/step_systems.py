@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from occult_train.config import Config
 from occult_train.engine import build_engine, deepspeed_config
 from occult_train.models.config import ModelConfig
-from occult_train.models.huggingface import OLMOE
+from occult_train.models.families.olmoe import OLMOE
 from occult_train.models.init import draw
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench.shapes import read_value
@@ -184,7 +184,8 @@ def _draw_weights(model: nn.Module, shape: ModelConfig, seed: int) -> None:
 
     for ours, theirs in OLMOE.tensors.items():
         for i in range(shape.num_hidden_layers if "{i}" in ours else 1):
-            if "{e}" not in ours and (weight := weights[theirs.format(i=i)]).dim() >= 2:
+            weight = weights.get(theirs.format(i=i))
+            if "{e}" not in ours and weight is not None and weight.dim() >= 2:
                 fill(weight, ours.format(i=i))
     for i in range(shape.num_hidden_layers):
         gate_up = weights[f"model.layers.{i}.mlp.experts.gate_up_proj"]
