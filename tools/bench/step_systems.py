@@ -183,9 +183,11 @@ def _draw_weights(model: nn.Module, shape: ModelConfig, seed: int) -> None:
         target.copy_(wide)
 
     for ours, theirs in OLMOE.tensors.items():
+        if "{e}" in ours:  # below: they are stacked here
+            continue
         for i in range(shape.num_hidden_layers if "{i}" in ours else 1):
             weight = weights.get(theirs.format(i=i))
-            if "{e}" not in ours and weight is not None and weight.dim() >= 2:
+            if weight is not None and weight.dim() >= 2:
                 fill(weight, ours.format(i=i))
     for i in range(shape.num_hidden_layers):
         gate_up = weights[f"model.layers.{i}.mlp.experts.gate_up_proj"]
