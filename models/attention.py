@@ -1,5 +1,6 @@
 """Grouped-query attention with rotary positions. B batch, S sequence, N heads, D width of a head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,9 @@ class Positions:
     """[B or 1, 1, S, D]"""
     sin: Tensor
     mask: Tensor | None
-    """[B, 1, S, S] bool, True where attended; None for plain causal attention."""
+    """[B, 1, S, S] bool, True where attended; None for plain causal attention. With cached keys [B, 1, S, C]."""
+    causal: bool = True
+    """Without a mask: whether a position sees only those up to its own; a single new one sees all that is cached."""
 
 
 def positions(config: ModelConfig, input_ids: Tensor, document_ids: Tensor | None) -> Positions:
@@ -40,11 +43,20 @@ def positions(config: ModelConfig, input_ids: Tensor, document_ids: Tensor | Non
         index_BS = index_BS - torch.where(new_BS, index_BS, 0).cummax(dim=1).values
         same = document_ids[:, :, None] == document_ids[:, None, :]
         mask = same.tril()[:, None]
-    half = torch.arange(0, config.dim_per_head, 2, dtype=torch.float32, device=device)
+    return Positions(*turned(config, index_BS), mask)
+
+
+def turned(config: ModelConfig, index_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B or 1, 1, S, D] of positions [B or 1, S], fp32."""
+    half = torch.arange(0, config.dim_per_head, 2, dtype=torch.float32, device=index_BS.device)
     inverse = 1.0 / config.rope_theta ** (half / config.dim_per_head)
     angle = index_BS[..., None].float() * inverse
     angle = torch.cat((angle, angle), dim=-1)[:, None]
-    return Positions(angle.cos(), angle.sin(), mask)
+    return angle.cos(), angle.sin()
+
+
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes new keys and values [B, N, S, D], and returns them behind those of the positions before."""
 
 
 class Attention(nn.Module):
@@ -66,8 +78,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(sizes[0], config.rms_norm_eps)
             self.k_norm = RMSNorm(sizes[1], config.rms_norm_eps)
 
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
+    def forward(self, x: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; with `extend` the new positions also see those before."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -77,8 +89,10 @@ class Attention(nn.Module):
         if self.clip:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
-        grouped = self.heads != self.kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=grouped)
+        if extend is not None:
+            k, v = extend(k, v)
+        grouped, causal = self.heads != self.kv_heads, at.causal and at.mask is None
+        out = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor, heads: int) -> Tensor:

@@ -4,6 +4,7 @@ B batch, S sequence, H width, V vocabulary, Lm MoE layers.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from occult_train.models.attention import Attention, Positions, positions
+from occult_train.models.attention import Attention, Extend, Positions, positions
+from occult_train.models.cache import KVCache
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
 from occult_train.moe.fused import Way
@@ -61,17 +63,17 @@ class Block(nn.Module):
             placement = runtime.placements.get(layer) or Placement.contiguous(config.num_experts)
             self.moe = MoELayer(_moe_options(config, runtime), runtime.grid, placement)
 
-    def forward(self, h: Tensor, at: Positions) -> tuple[Tensor, LayerRouting | None]:
+    def forward(self, h: Tensor, at: Positions, extend: Extend | None = None) -> tuple[Tensor, LayerRouting | None]:
         """[B, S, H] -> [B, S, H] and the layer's routing if it has experts."""
-        h = h + self._run(self._attend, h, at)
+        h = h + self._run(self._attend, h, at, extend)
         if self.moe is None:
             return h + self._run(self._dense, h), None
         x, logits_TE = self._run(self._route, h)
         y, routing = self.moe(x, logits_TE)
         return h + y, routing
 
-    def _attend(self, h: Tensor, at: Positions) -> Tensor:
-        return self.attention(self.attention_norm(h), at)
+    def _attend(self, h: Tensor, at: Positions, extend: Extend | None) -> Tensor:
+        return self.attention(self.attention_norm(h), at, extend)
 
     def _dense(self, h: Tensor) -> Tensor:
         assert self.mlp is not None
@@ -153,6 +155,21 @@ class GPT(nn.Module):
             balance = self.balancer.combine(balance_Lm, routings, self.config.num_experts_per_tok)
             loss = loss + self.runtime.aux_loss_coef * balance
         return loss
+
+    @torch.no_grad()
+    def predict(self, input_ids: Tensor, cache: KVCache, last: bool = True) -> Tensor:
+        """Logits of tokens that follow those in `cache`, which takes them in.
+
+        Args:
+            input_ids: [B, S] int64.
+            last: only those of the last position, [B, 1, V]; else [B, S, V].
+        """
+        at = cache.positions(input_ids)
+        h = self.embed_tokens(input_ids)
+        for i, block in enumerate(self.layers):
+            h, _ = block(h, at, partial(cache.extend, i))
+        cache.advance(input_ids.shape[1])
+        return self.lm_head(self.norm(h[:, -1:] if last else h))
 
     @torch.no_grad()
     def finish_step(self) -> Tensor:

@@ -3,18 +3,21 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from occult_train import config as configs
 from occult_train.checkpoint.logical import logical_tensors
+from occult_train.checkpoint.placing import recorded
 from occult_train.checkpoint.state import Weights, check_fits
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import Config
 from occult_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from occult_train.errors import CheckpointError, DataError
 from occult_train.hub import files as hub_files
+from occult_train.hub.source import HubModel, open_model
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
+from occult_train.moe.choose import Shape, Wanted, candidates
+from occult_train.parallel.grid import Grid
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:
@@ -57,6 +60,22 @@ def fill_model(
     return model.eval()
 
 
+def serving_runtime(
+    weights: Checkpoint | HubModel, grid: Grid, dispatcher: str, device: torch.device, dtype: torch.dtype
+) -> Runtime:
+    """How a model runs that is not trained: experts where the checkpoint has them, on a GPU with our kernels.
+
+    Args:
+        dispatcher: local, dedup or all_to_all; the last is plain torch on a GPU too.
+    """
+    config, way = weights_config(weights), None
+    if device.type == "cuda" and dispatcher != "all_to_all":
+        sizes = (config.hidden_size, config.intermediate_size, config.num_experts, config.num_experts_per_tok)
+        way = candidates(Shape(*sizes, 1, dtype), grid, Wanted(transport="collective", overlap="none"))[0]
+    placements = recorded(weights) if isinstance(weights, Checkpoint) else {}
+    return Runtime(grid=grid, dispatcher=dispatcher, placements=placements, way=way)
+
+
 def run_tokenizer(checkpoint: Checkpoint, given: str = "") -> Tokenizer:
     """The tokenizer of a checkpoint's run, or the given one (`--tokenizer`).
 
@@ -69,45 +88,48 @@ def run_tokenizer(checkpoint: Checkpoint, given: str = "") -> Tokenizer:
     if found is None:
         raise CheckpointError(f"{folder}, the run of {checkpoint.folder.name}, has no tokenizer; name one: --tokenizer")
     tokenizer, known = load_tokenizer(found), checkpoint_config(checkpoint).model.vocab_size
-    if tokenizer.vocab_size > known:
-        raise DataError(
-            f"tokenizer {found} has {tokenizer.vocab_size} ids, the model of {checkpoint.folder} has "
-            f"model.vocab_size={known}"
-        )
+    _check_vocabulary(tokenizer, found, checkpoint.folder, known)
     return tokenizer
 
 
-@torch.no_grad()
-def generate(
-    model: GPT, prompt: list[int], length: int, temperature: float, seed: int, stop: int | None, vocab_size: int = 0
-) -> list[int]:
-    """Continue `prompt` by up to `length` tokens; temperature 0 takes the likeliest token each time.
+def open_weights(path: str) -> Checkpoint | HubModel:
+    """A checkpoint folder, the latest checkpoint of a run, or a Hugging Face folder.
 
-    The last max_position_embeddings tokens are what the model sees.
-
-    Args:
-        stop: a token that ends the text, not returned.
-        vocab_size: ids from it on (a padded vocabulary's) are never chosen; 0 allows all.
+    Raises:
+        CheckpointError, ConfigError, DataError: missing, damaged, or not supported.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    generator.manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(length):
-        window = torch.tensor([tokens[-model.config.max_position_embeddings :]], device=device)
-        token = int(_pick(model(window)[0, -1, : vocab_size or None].float(), temperature, generator))
-        if token == stop:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
+    return open_model(Path(path)) if (Path(path) / "config.json").is_file() else open_run(path)
 
 
-def _pick(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
-        return logits_V.argmax()
-    return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
+def weights_config(weights: Checkpoint | HubModel) -> ModelConfig:
+    """The model that the weights are of."""
+    return weights.config.model if isinstance(weights, HubModel) else checkpoint_config(weights).model
+
+
+def weights_dtype(weights: Checkpoint | HubModel) -> torch.dtype:
+    """The type in which a GPU computes it: that of training, or of the files."""
+    if isinstance(weights, HubModel):
+        return weights.dtype
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return kinds.get(checkpoint_config(weights).train.precision, torch.float32)
+
+
+def weights_tokenizer(weights: Checkpoint | HubModel, given: str = "") -> Tokenizer:
+    """As `run_tokenizer`; a Hugging Face folder has its own."""
+    if not isinstance(weights, HubModel):
+        return run_tokenizer(weights, given)
+    tokenizer, known = load_tokenizer(given or weights.folder), weights.config.model.vocab_size
+    _check_vocabulary(tokenizer, given or weights.folder, weights.folder, known)
+    return tokenizer
 
 
 def open_run(path: str) -> Checkpoint:
     """A checkpoint folder, or the latest checkpoint of a run."""
     return open_checkpoint(Path(path))
+
+
+def _check_vocabulary(tokenizer: Tokenizer, path: Path | str, model: Path, known: int) -> None:
+    if tokenizer.vocab_size > known:
+        raise DataError(
+            f"tokenizer {path} has {tokenizer.vocab_size} ids, the model of {model} has model.vocab_size={known}"
+        )

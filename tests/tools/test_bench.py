@@ -457,6 +457,7 @@ def test_the_command_writes_tables_and_csv(tmp_path: Path) -> None:
     [
         (["layer", "--cpu", "--system", "our"], "error: system 'our' is not one of ours, "),
         (["layer", "--cpu", "--dtype", "float64"], "error: --dtype=float64 is neither bfloat16 nor float32"),
+        (["generate", "--cpu", "--prefill", "10", "--sequence", "4"], "error: --prefill=10 is not a multiple of "),
         (["layer", "--cpu", "--p2p", "no"], "error: --p2p=no is neither on nor off"),
         (["step", "--cpu", "--accumulation", "x"], "error: --accumulation='x' must be positive whole numbers"),
     ],
@@ -466,6 +467,25 @@ def test_a_users_mistake_is_one_line(words: list[str], message: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+def test_generation_is_right_and_measured(tmp_path: Path) -> None:
+    """Two ranks; every system computes what our plain model does, else it would have no times."""
+    where = tmp_path / "a.csv"
+    systems = ["ours", "ours:dispatcher=all_to_all", "autoep", "transformers"]
+    words = ["--shape", "64,32,8,2", "--layers", "2", "--vocabulary", "320", "--prefill", "40", "--sequence", "20"]
+    words += ["--decode", "1 3", "--context", "8", "--new", "3", "--seconds", "0.01", "--csv", str(where)]
+    done = occult("generate", "--cpu", "--system", " ".join(systems), *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with where.open() as file:
+        lines = list(csv.DictReader(file))
+    stages = ["prefill 2x20", "decode 1", "decode 3"]
+    assert [(line["system"], line["stage"]) for line in lines] == [(s, stage) for s in systems for stage in stages]
+    for line in lines:
+        assert not line["error"], line
+        assert float(line["error_logits"]) < 1e-5
+        tokens = 40 if line["stage"] == stages[0] else int(line["batch"])
+        assert float(line["tokens_per_second"]) == pytest.approx(tokens / float(line["ms"]) * 1000)
 
 
 def measure_on_gpu(rank: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occult_train.moe.layer import SwiGLU
+from occult_train.parallel.grid import Grid
 from occult_train.tools.bench.problem import Problem
 from occult_train.tools.bench.shapes import read_value
 from occult_train.tools.bench.systems import Layer, Unavailable, normalised_top_k
@@ -37,7 +38,7 @@ def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
         if problem.device.type != "cuda":
             raise Unavailable("AutoEP's fused combine and asynchronous plan run on a GPU only")
         given = TUNED | given
-    shape, ranks = problem.shape, problem.grid.expert_size
+    shape = problem.shape
     config = Qwen3MoeConfig(
         vocab_size=8,
         hidden_size=shape.hidden,
@@ -57,13 +58,9 @@ def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
         block.gate.weight.copy_(problem.router_EH)
         block.experts.gate_up_proj.copy_(torch.cat((problem.w1_EFH, problem.w3_EFH), dim=1))
         block.experts.down_proj.copy_(problem.w2_EHF)
-    convert = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": ranks, **given}))
-    (spec,) = convert.ep_parser()
-    convert.replace_moe_layer(spec, ranks, problem.grid.expert_rank)
+    convert_to_autoep(model, problem.grid, given)
     layer = model.model.layers[0].mlp
-    del block, model, convert
-    if ranks > 1:
-        layer.set_deepspeed_parallelism()
+    del block, model
     experts = layer.experts
     return Layer(
         forward=lambda x: layer(x[None])[0],
@@ -72,6 +69,20 @@ def build_autoep(problem: Problem, options: dict[str, str]) -> Layer:
         expert_gradient=lambda i: (experts.w1.grad[i], experts.w2.grad[i], experts.w3.grad[i]),
         note=" ".join(f"{name}={value}" for name, value in given.items()),
     )
+
+
+def convert_to_autoep(model: Any, grid: Grid, options: dict[str, Any]) -> None:
+    """Replace the expert layers of a Hugging Face model by AutoEP's, as its engine does. Collective.
+
+    Args:
+        options: keys of DeepSpeed's `expert_parallel` section.
+    """
+    ranks = grid.expert_size
+    convert = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": ranks, **options}))
+    for spec in convert.ep_parser():
+        convert.replace_moe_layer(spec, ranks, grid.expert_rank)
+    for block in model.model.layers if ranks > 1 else ():
+        block.mlp.set_deepspeed_parallelism()
 
 
 def build_deepspeed_moe(problem: Problem, options: dict[str, str]) -> Layer:

@@ -67,6 +67,9 @@ def parse_routing(text: str) -> float:
 
 LAYER_SYSTEMS = ("ours", "ours-reference", "torch", "autoep", "deepspeed-moe", "scattermoe", "megablocks")
 STEP_SYSTEMS = ("ours", "autoep", "fsdp")
+GENERATE_SYSTEMS = ("ours", "autoep", "transformers")
+CHECKED = (2, 48)
+"""Sequences and tokens of each whose logits a system of generation must get right before it is measured."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,28 @@ class StepTask:
     expected: tuple[float, float] | None
     """Loss and gradient norm of the first step of another trainer, with the same weights and tokens."""
     breakdown: bool
+
+
+@dataclass(frozen=True)
+class GenerateTask:
+    """One system at one stage of generation."""
+
+    system: str
+    shape: str
+    settings: tuple[str, ...]
+    """Overrides of our Config that describe the model for all systems."""
+    batch: int
+    """Sequences of a rank."""
+    prompt: int
+    """Tokens of each."""
+    new: int
+    """Tokens made behind a prompt, one a step; 0 measures the prompts alone."""
+    seconds: float
+
+    @property
+    def stage(self) -> str:
+        """Words for it."""
+        return f"decode {self.batch}" if self.new else f"prefill {self.batch}x{self.prompt}"
 
 
 def read_value(text: str) -> bool | int | str:
