@@ -1,6 +1,7 @@
 """Shortcut-connected blocks: every formula against plain torch in outputs and gradients, counts, settings."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import plain_scmoe
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from occult_train.config import load
 from occult_train.errors import ConfigError
 from occult_train.kernels.routing.reference import route, route_dual
 from occult_train.models.config import ModelConfig
@@ -20,6 +22,7 @@ from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.collecting import RoutingCollector
 from occult_train.moe.placement import Placement
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "scmoe"
 SMALL = ModelConfig(
     vocab_size=96,
     hidden_size=16,
@@ -248,6 +251,31 @@ def test_flops_per_token_is_what_torch_counts(config: ModelConfig) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).backward()
     assert counter.get_total_flops() == 3 * config.flops_per_token(length) * ids.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "paper", "off"),
+    [
+        ("gpt2_moe_small", 323e6, 0.005),
+        ("gpt2_moe_medium", 1.7e9, 0.105),
+        ("gpt3_moe_xl", 4.1e9, 0.006),
+        ("llama2_moe", 6.7e9, 0.004),
+    ],
+)
+def test_presets_have_the_paper_s_size_and_an_equal_twin(name: str, paper: float, off: float) -> None:
+    """`off`: how far the parameters are from the paper's two digits."""
+    model, twin = (load([str(CONFIGS / f"{name}{end}.yaml")]).model for end in ("", "_top2"))
+    assert (model.scmoe.block, model.num_experts_per_tok) == ("scmoe", 1)
+    assert (twin.scmoe.block, twin.num_experts_per_tok, twin.shared_expert_intermediate_size) == ("none", 2, 0)
+    assert model.moe_layers == twin.moe_layers
+    assert twin.num_params() == pytest.approx(paper, rel=off)
+    assert model.num_params() == pytest.approx(twin.num_params(), rel=0.003)
+    length = model.max_position_embeddings
+    assert model.flops_per_token(length) == pytest.approx(twin.flops_per_token(length), rel=3e-5)
+    shared = replace(model, scmoe=ScMoEConfig(), dense_layers=model.mlp_layers)
+    shared.validate()
+    assert shared.num_params() == pytest.approx(model.num_params(), rel=1e-4)
+    assert shared.flops_per_token(length) == pytest.approx(model.flops_per_token(length), rel=3e-5)
 
 
 # --- mistakes
