@@ -128,6 +128,8 @@ PROBLEMS = {
     "pos3": Problem(2, top_k=1, block=("scmoe", "pos3", 2, "add"), balance="bias"),
     "dgmoe": Problem(4, top_k=1, block=("dgmoe",)),
     "dgmoe_one_device": Problem(5, top_k=1, block=("dgmoe",), favoured=4),
+    "short_pos2": Problem(4, length=3, micro_batch=1, top_k=2, block=("scmoe", "pos2", 2, "cg1")),
+    "short_dgmoe": Problem(5, length=3, micro_batch=1, top_k=1, block=("dgmoe",)),
     "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
     "short_one_device": Problem(56, length=3, micro_batch=1, favoured=4, smallest_gap=5e-3),
 }
@@ -268,7 +270,11 @@ FUSED = [
         (3, "selective", "none"),
     )
 ]
+FUSED += [Case(2, "dedup", 3, 2, 1, "permuted", "short_dgmoe", backend="fused")]
 """Few, as kernels are interpreted here; tests/moe/test_fused.py has the fused layer's own cases."""
+FUSED_MORE = [
+    Case(2, "dedup", 1, 2, 1, "permuted", "short_pos2", checkpointing="selective", backend="fused", overlap="2"),
+]
 MOVED = [
     *(Case(2, "dedup", stage, 2, accumulation, "moved") for stage, accumulation in ((0, 3), (1, 1), (2, 3), (3, 1))),
     *(Case(4, "dedup", stage, 2, accumulation, "moved") for stage, accumulation in ((0, 1), (1, 3), (2, 1), (3, 3))),
@@ -607,7 +613,9 @@ def plain_bf16_error(problem: str) -> float:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", [*EXACT, *SHORTCUTS, *FUSED], ids=str)
+@pytest.mark.parametrize(
+    "case", [*EXACT, *SHORTCUTS, *FUSED, *(pytest.param(c, marks=pytest.mark.slow) for c in FUSED_MORE)], ids=str
+)
 def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> None:
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 
