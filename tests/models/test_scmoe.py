@@ -16,6 +16,7 @@ from occult_train.config import load
 from occult_train.errors import ConfigError
 from occult_train.kernels.routing.reference import route, route_dual
 from occult_train.models.config import ModelConfig
+from occult_train.models.families import family_of
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.init import init_weights
 from occult_train.models.scmoe_config import ScMoEConfig
@@ -327,6 +328,16 @@ def test_what_cannot_be_built_is_refused_by_name(config: ModelConfig, words: lis
         config.validate()
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "full", "head"])
+@pytest.mark.parametrize(
+    "config", [DGMOE, replace(SHAPES["pos2-add"], shared_expert_intermediate_size=24)], ids=["dgmoe", "scmoe"]
+)
+def test_no_hub_family_takes_shortcut_blocks(config: ModelConfig, qk_norm: str) -> None:
+    """Not even one whose tensors would all be found: dgmoe but for its norms is an OLMoE."""
+    with pytest.raises(ConfigError, match=f"model.scmoe.block={config.scmoe.block}"):
+        family_of(replace(config, qk_norm=qk_norm))
 
 
 @each_shape
