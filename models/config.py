@@ -6,6 +6,7 @@ Field names are those of transformers' configs, so that a table can map one to t
 from dataclasses import dataclass, field
 
 from occult_train.errors import ConfigError
+from occult_train.models.scmoe_config import ScMoEConfig
 
 QK_NORMS = ("none", "full", "head")
 ATTENTION_BIASES = ("none", "qkv", "all")
@@ -44,6 +45,8 @@ class ModelConfig:
     """Layers (from 0) with a plain SwiGLU MLP in place of experts."""
     dense_intermediate_size: int = 0
     """Width of the MLP in `dense_layers`."""
+    scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
+    """Experts that read an earlier representation; none by default."""
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -65,7 +68,14 @@ class ModelConfig:
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers with routed experts, ascending."""
-        return [i for i in range(self.num_hidden_layers) if i not in self.dense_layers]
+        return [i for i in range(self.num_hidden_layers) if i not in self.mlp_layers]
+
+    @property
+    def mlp_layers(self) -> list[int]:
+        """Indices of the layers with a plain MLP: `dense_layers`, or the first of each pair that scmoe makes."""
+        if self.scmoe.block == "none":
+            return self.dense_layers
+        return list(range(0, self.num_hidden_layers, 2)) if self.scmoe.every == 2 else []
 
     def validate(self) -> None:
         """Raise ConfigError for a shape that cannot be built; vocab_size 0 is allowed (not resolved yet)."""
@@ -122,8 +132,14 @@ class ModelConfig:
             )
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ConfigError("model.shared_expert_gate=true needs model.shared_expert_intermediate_size, which is 0")
+        self.scmoe.validate(self)
         if not self.moe_layers:
             raise ConfigError(f"model.dense_layers={self.dense_layers} leaves no layer with experts")
+
+    @property
+    def choices_per_token(self) -> int:
+        """Experts that one token passes in a layer: num_experts_per_tok, of each of the two choices of dgmoe."""
+        return self.num_experts_per_tok * (2 if self.scmoe.block == "dgmoe" else 1)
 
     def _attention_params(self) -> int:
         q, kv = self.num_attention_heads * self.dim_per_head, self.kv_heads * self.dim_per_head
@@ -135,8 +151,10 @@ class ModelConfig:
         """Parameters of one layer, counting `experts` of its routed experts."""
         h = self.hidden_size
         common = self._attention_params() + 2 * h
-        if layer in self.dense_layers:
+        if layer in self.mlp_layers:
             return common + 3 * h * self.dense_intermediate_size
+        if self.scmoe.block != "none":
+            common += h * (1 + self.scmoe.gate_size)  # the shortcut's norm, and the gate
         shared = 3 * h * self.shared_expert_intermediate_size + (h if self.shared_expert_gate else 0)
         return common + h * self.num_experts + shared + 3 * h * self.intermediate_size * experts
 
@@ -150,8 +168,8 @@ class ModelConfig:
         return self._count(self.num_experts)
 
     def active_params(self) -> int:
-        """Parameters that one token passes: as `num_params`, with num_experts_per_tok experts a layer."""
-        return self._count(self.num_experts_per_tok)
+        """Parameters that one token passes: as `num_params`, with `choices_per_token` experts a layer."""
+        return self._count(self.choices_per_token)
 
     def flops_per_token(self, sequence_length: int) -> int:
         """FLOPs of the matrix products in one token's forward pass; training costs three times that.
@@ -166,8 +184,10 @@ class ModelConfig:
         )
         attention = h * (2 * q + 2 * kv) + 2 * q * sequence_length
         dense = 3 * h * self.dense_intermediate_size
-        moe = h * self.num_experts + 3 * h * self.intermediate_size * self.num_experts_per_tok
+        moe = h * self.num_experts * (2 if self.scmoe.block == "dgmoe" else 1)
+        moe += 3 * h * self.intermediate_size * self.choices_per_token
         moe += 3 * h * self.shared_expert_intermediate_size + (h if self.shared_expert_gate else 0)
+        moe += h * self.scmoe.gate_size if self.scmoe.block != "none" else 0
         layers = self.num_hidden_layers * attention
-        layers += len(self.dense_layers) * dense + len(self.moe_layers) * moe
+        layers += len(self.mlp_layers) * dense + len(self.moe_layers) * moe
         return 2 * (layers + h * self.vocab_size)

@@ -3,19 +3,20 @@
 B batch, S sequence, H width, V vocabulary, Lm MoE layers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from occult_train.models.attention import Attention, Extend, Positions, positions
 from occult_train.models.cache import KVCache
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
+from occult_train.models.recompute import run
+from occult_train.models.scmoe import ShortcutBlock, run_pair
 from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
 from occult_train.moe.losses import Balancer, LayerRouting
@@ -57,18 +58,24 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: SwiGLU | None = None
         self.moe: MoELayer | None = None
-        if layer in config.dense_layers:
+        if layer in config.mlp_layers:
             self.mlp = SwiGLU(config.hidden_size, config.dense_intermediate_size)
         else:
-            placement = runtime.placements.get(layer) or Placement.contiguous(config.num_experts)
-            self.moe = MoELayer(_moe_options(config, runtime), runtime.grid, placement)
+            self.moe = _make_moe(config, layer, runtime)
 
     def forward(self, h: Tensor, at: Positions, extend: Extend | None = None) -> tuple[Tensor, LayerRouting | None]:
         """[B, S, H] -> [B, S, H] and the layer's routing if it has experts."""
-        h = h + self._run(self._attend, h, at, extend)
+        return self.feed(self.attend(h, at, extend))
+
+    def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        """h + attention(norm(h)), [B, S, H]."""
+        return h + run(self.recompute, self._attend, h, at, extend)
+
+    def feed(self, h: Tensor) -> tuple[Tensor, LayerRouting | None]:
+        """h + experts(norm(h)) and their routing, or h + mlp(norm(h)) and None."""
         if self.moe is None:
-            return h + self._run(self._dense, h), None
-        x, logits_TE = self._run(self._route, h)
+            return h + run(self.recompute, self._dense, h), None
+        x, logits_TE = run(self.recompute, self._route, h)
         y, routing = self.moe(x, logits_TE)
         return h + y, routing
 
@@ -83,11 +90,6 @@ class Block(nn.Module):
         assert self.moe is not None
         x = self.mlp_norm(h)
         return x, self.moe.router(x.flatten(0, 1))
-
-    def _run(self, function: Any, *inputs: Any) -> Any:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class GPT(nn.Module):
         runtime = runtime or Runtime()
         self.config, self.runtime = config, runtime
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i, runtime) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_make_block(config, i, runtime) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -134,14 +136,32 @@ class GPT(nn.Module):
             logits [B, S, V], or a scalar: mean cross-entropy in nats, and in training the weighted balancing losses.
         """
         at = positions(self.config, input_ids, document_ids)
-        h = self.embed_tokens(input_ids)
-        routings = []
-        for block in self.layers:
-            h, routing = block(h, at)
-            if routing is not None:
-                routings.append(routing)
+        h, routings = self._run_blocks(self.embed_tokens(input_ids), at)
         logits = self.lm_head(self.norm(h))
         return logits if labels is None else self._loss(logits, labels, routings)
+
+    def _run_blocks(self, h: Tensor, at: Positions, cache: KVCache | None = None) -> tuple[Tensor, list[LayerRouting]]:
+        routings = []
+        for i, first, block in self._units():
+            earlier, extend = (None if cache is None else partial(cache.extend, layer) for layer in (i - 1, i))
+            if isinstance(block, Block):
+                h, routing = block(h, at, extend)
+            else:
+                h, routing = run_pair(first, block, h, at, (earlier, extend))
+            if routing is not None:
+                routings.append(routing)
+        return h, routings
+
+    def _units(self) -> Iterator[tuple[int, Block | None, Block | ShortcutBlock]]:
+        """The blocks with their numbers, each after the dense block that runs together with it, if there is one."""
+        first = None
+        paired = self.config.mlp_layers if self.config.scmoe.block != "none" else []
+        for i, block in enumerate(self.layers):
+            if i in paired:
+                first = block
+            else:
+                yield i, first, block
+                first = None
 
     def _loss(self, logits: Tensor, labels: Tensor, routings: list[LayerRouting]) -> Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -165,9 +185,7 @@ class GPT(nn.Module):
             last: only those of the last position, [B, 1, V]; else [B, S, V].
         """
         at = cache.positions(input_ids)
-        h = self.embed_tokens(input_ids)
-        for i, block in enumerate(self.layers):
-            h, _ = block(h, at, partial(cache.extend, i))
+        h, _ = self._run_blocks(self.embed_tokens(input_ids), at, cache)
         cache.advance(input_ids.shape[1])
         return self.lm_head(self.norm(h[:, -1:] if last else h))
 
@@ -181,14 +199,27 @@ class GPT(nn.Module):
         return counts
 
 
+def _make_block(config: ModelConfig, layer: int, runtime: Runtime) -> Block | ShortcutBlock:
+    if config.scmoe.block == "none" or layer in config.mlp_layers:
+        return Block(config, layer, runtime)
+    return ShortcutBlock(config, _make_moe(config, layer, runtime), runtime.selective_checkpointing)
+
+
+def _make_moe(config: ModelConfig, layer: int, runtime: Runtime) -> MoELayer:
+    placement = runtime.placements.get(layer) or Placement.contiguous(config.num_experts)
+    return MoELayer(_moe_options(config, runtime), runtime.grid, placement)
+
+
 def _moe_options(config: ModelConfig, runtime: Runtime) -> MoEOptions:
+    beside = config.scmoe.block == "none"  # a shortcut block has its own shared expert, of another input
     return MoEOptions(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
         normalise=config.norm_topk_prob,
-        shared_intermediate=config.shared_expert_intermediate_size,
+        shared_intermediate=config.shared_expert_intermediate_size if beside else 0,
+        dual=config.scmoe.block == "dgmoe",
         shared_gate=config.shared_expert_gate,
         sequence_losses=runtime.aux_loss == "sequence",
         dispatcher=runtime.dispatcher,

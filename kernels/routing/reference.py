@@ -29,12 +29,40 @@ def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Rou
 
     The weights are the unbiased probabilities, divided by their sum if `normalise`.
     """
-    tokens, experts = logits_TE.shape
     probs_TE = logits_TE.softmax(dim=-1)
     experts_TK = (probs_TE.detach() + bias_E).topk(top_k, dim=-1).indices
     weights_TK = probs_TE.gather(1, experts_TK)
     if normalise:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return _routing(logits_TE, probs_TE, experts_TK, weights_TK)
+
+
+def route_dual(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:
+    """Two choices of one expert each by the same tokens, which never meet (DGMoE, arXiv 2404.05019).
+
+    Row t of the first half is token t's shortcut representation and takes its best expert; row t of the second half is
+    the current one and takes its best, or its second best where the first half took that. Scores and weights are those
+    of `route`.
+
+    Raises:
+        ValueError: an odd number of rows, fewer than two experts, or another top_k or normalisation than DGMoE has.
+    """
+    rows, experts = logits_TE.shape
+    if rows % 2 or experts < 2 or top_k != 1 or normalise:
+        raise ValueError(
+            f"two choices of one expert need paired rows, not {rows}, two experts, not {experts}, top_k=1, "
+            f"not {top_k}, and normalise=False, not {normalise}"
+        )
+    probs_TE = logits_TE.softmax(dim=-1)
+    best_T, second_T = (probs_TE.detach() + bias_E).topk(2, dim=-1).indices.unbind(dim=1)
+    earlier, current = best_T.chunk(2)
+    current = torch.where(current == earlier, second_T.chunk(2)[1], current)
+    experts_TK = torch.cat((earlier, current))[:, None]
+    return _routing(logits_TE, probs_TE, experts_TK, probs_TE.gather(1, experts_TK))
+
+
+def _routing(logits_TE: Tensor, probs_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
+    tokens, experts = logits_TE.shape
     chosen_TE = torch.zeros(tokens, experts, dtype=torch.bool, device=logits_TE.device).scatter_(1, experts_TK, True)
     counts_E = chosen_TE.sum(dim=0)  # bincount would make the host wait
     least = max(tokens, 1)  # a mean over no tokens would be NaN

@@ -120,6 +120,8 @@ class Family:
 
     def hub_config(self, model: ModelConfig) -> dict[str, Any]:
         """The content of config.json, without token ids and dtype. Raises Unfit."""
+        if model.scmoe.block != "none":
+            raise Unfit(f"model.scmoe.block={model.scmoe.block} (it has none)")
         keys = {key: value for rule in self.all_rules() for key, value in rule.write(model).items()}
         return {"architectures": [self.architecture], "model_type": self.model_type, **keys}
 

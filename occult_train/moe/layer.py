@@ -34,6 +34,8 @@ class MoEOptions:
     shared_gate: bool = False
     sequence_losses: bool = False
     """Return a balancing loss of each sequence by itself; the input is [B, S, H] then."""
+    dual: bool = False
+    """Of the input, the second half is of the same tokens as the first and chooses other experts; see `route_dual`."""
     dispatcher: str = "local"
     recompute: bool = False
     """Recompute experts in backward from the received rows, which are kept; nothing is routed or sent again."""
@@ -66,7 +68,8 @@ class MoELayer(ExpertParallelLayer):
     def __init__(self, options: MoEOptions, grid: Grid, placement: Placement) -> None:
         super().__init__(grid, options.experts, placement.by_device(grid.expert_size))
         self.options, self.placement = options, placement
-        self.router = Router(options.hidden, options.experts, options.top_k, options.normalise, options.way is not None)
+        o = options
+        self.router = Router(o.hidden, o.experts, o.top_k, o.normalise, o.way is not None, o.dual)
         self.dispatcher = make_dispatcher(options.dispatcher, grid, self.num_local_experts)
         self.fused = self._make_fused(grid)
         self.experts = Experts(self.num_local_experts, options.hidden, options.intermediate, self.fused or experts)

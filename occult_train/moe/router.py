@@ -37,11 +37,13 @@ class Router(nn.Module):
 
     expert_bias: Tensor
 
-    def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool, fused: bool = False) -> None:
-        """fused: choose with a Triton kernel (fp32 logits), else in plain torch."""
+    def __init__(
+        self, hidden: int, experts: int, top_k: int, normalise: bool, fused: bool = False, dual: bool = False
+    ) -> None:
+        """fused: choose with a Triton kernel (fp32 logits), else in plain torch. dual: by `route_dual`, in torch."""
         super().__init__()
         self.top_k, self.normalise = top_k, normalise
-        self.route = autograd.route if fused else reference.route
+        self.route = reference.route_dual if dual else autograd.route if fused else reference.route
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32), persistent=False)
 

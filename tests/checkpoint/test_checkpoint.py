@@ -97,6 +97,26 @@ def test_ranks_that_hold_the_same_experts_share_the_writing(tmp_path: Path, perm
     assert set.union(*writers.values()) == {f"model-{rank:05d}.safetensors" for rank in range(4)}
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        ["model.scmoe.block=scmoe", "model.scmoe.combine=cg2", "model.shared_expert_intermediate_size=12"],
+        ["model.scmoe.block=dgmoe", "model.num_experts_per_tok=1"],
+    ],
+    ids=["scmoe", "dgmoe"],
+)
+def test_shortcut_blocks_reshard_and_load_in_one_process(tmp_path: Path, block: list[str]) -> None:
+    block = [*block, "model.dense_intermediate_size=24"]
+    source, target = ["zero.stage=3", "parallel.expert=2", *block], ["zero.stage=1", "parallel.expert=1", *block]
+    tensors, losses = run_distributed(first_half, 2, source, str(tmp_path), timeout=240)[0]
+    assert tensors["bias.1"].abs().max() > 0
+    found, later = run_distributed(second_half, 1, [target], str(tmp_path), timeout=240)[0][0]
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert later == pytest.approx(losses, rel=1e-5)
+    assert single_process_loss(tmp_path) == pytest.approx(losses[0], rel=1e-5)
+
+
 def single_process_loss(root: Path) -> float:
     """Of the tokens of step 3, by the checkpoint's weights in fp32 without any engine."""
     model, row = load_model(store.open_checkpoint(root)), tokens(3)

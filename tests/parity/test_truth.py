@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import plain_moe
+import plain_scmoe
 import pytest
 import torch
 import torch.distributed as dist
 from plain_moe import Batches, Params, PlainConfig, TrainRecord
+from plain_scmoe import PlainScMoE
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
@@ -31,6 +33,7 @@ from occult_train.config import Config
 from occult_train.engine import build_engine, choose_way, runtime, set_learning_rate
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT
+from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.placement import Placement
 from occult_train.moving import move
 from occult_train.parallel import zero
@@ -65,6 +68,8 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 16,
     "initializer_range": 0.2,
 }
+SHORTCUT: dict[str, Any] = {"num_hidden_layers": 4, "dense_layers": [], "shared_expert_gate": False}
+"""What pairs of blocks change of it."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,25 @@ class Problem:
     """Router weights send every token to the first so many experts."""
     apart: bool = False
     """They send odd tokens to the other experts, and the second half of the ranks sees odd tokens alone."""
+    block: tuple[Any, ...] = ()
+    """ScMoEConfig's fields, of a model of shortcut-connected blocks."""
     smallest_gap: float = 1e-5
     """Reject the problem if a token's K-th and (K+1)-th score are closer."""
 
     @property
     def model(self) -> dict[str, Any]:
         chosen = {"norm_topk_prob": self.normalise, "num_experts_per_tok": self.top_k}
-        return MODEL | chosen | {"tie_word_embeddings": self.tied}
+        model = MODEL | chosen | {"tie_word_embeddings": self.tied}
+        if self.block:
+            model |= SHORTCUT | {"scmoe": ScMoEConfig(*self.block)}
+        if self.block[:1] == ("dgmoe",):
+            model |= {"shared_expert_intermediate_size": 0}
+        return model
+
+    @property
+    def plain(self) -> PlainConfig:
+        """The plain model's shape."""
+        return PlainScMoE(**self.model) if self.block else PlainConfig(**self.model)
 
 
 PROBLEMS = {
@@ -106,6 +123,13 @@ PROBLEMS = {
     "apart": Problem(6, favoured=4, apart=True),
     "one_expert": Problem(6, favoured=1, top_k=1),
     "one_token": Problem(1, length=1, micro_batch=1),
+    "pos1": Problem(3, top_k=1, block=("scmoe", "pos1", 1, "cg1")),
+    "pos2": Problem(2, top_k=2, block=("scmoe", "pos2", 2, "cg2"), scope="global_batch"),
+    "pos3": Problem(2, top_k=1, block=("scmoe", "pos3", 2, "add"), balance="bias"),
+    "dgmoe": Problem(4, top_k=1, block=("dgmoe",)),
+    "dgmoe_one_device": Problem(5, top_k=1, block=("dgmoe",), favoured=4),
+    "short_pos2": Problem(4, length=3, micro_batch=1, top_k=2, block=("scmoe", "pos2", 2, "cg1")),
+    "short_dgmoe": Problem(5, length=3, micro_batch=1, top_k=1, block=("dgmoe",)),
     "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
     "short_one_device": Problem(56, length=3, micro_batch=1, favoured=4, smallest_gap=5e-3),
 }
@@ -226,6 +250,17 @@ EXTREME = [
     *two_ranks("one_token", BOTH, (0, 1, 2, 3)),
     *(Case(4, dispatcher, stage, 2, problem="apart") for dispatcher in BOTH for stage in range(4)),
 ]
+SHORTCUTS = [
+    *two_ranks("pos1", ("dedup",), (1, 3), placement="permuted"),
+    *two_ranks("pos2", ("dedup",), (0, 1, 2, 3), placement="permuted", checkpointing="selective"),
+    *two_ranks("pos2", ("all_to_all",), (1,)),
+    *two_ranks("pos2", ("dedup",), (3,), placement="moved"),
+    *two_ranks("pos3", ("dedup",), (1, 3), accumulation=3),
+    *two_ranks("dgmoe", ("dedup",), (0, 1, 2), placement="permuted"),
+    *two_ranks("dgmoe", ("dedup",), (3,), checkpointing="selective", accumulation=3),
+    *two_ranks("dgmoe_one_device", ("dedup",), (1,)),
+    Case(2, "local", 1, 1, problem="dgmoe"),
+]
 FUSED = [
     Case(2, "dedup", stage, 2, 1, "permuted", "short", checkpointing=checkpointing, backend="fused", overlap=overlap)
     for stage, checkpointing, overlap in (
@@ -235,7 +270,11 @@ FUSED = [
         (3, "selective", "none"),
     )
 ]
+FUSED += [Case(2, "dedup", 3, 2, 1, "permuted", "short_dgmoe", backend="fused")]
 """Few, as kernels are interpreted here; tests/moe/test_fused.py has the fused layer's own cases."""
+FUSED_MORE = [
+    Case(2, "dedup", 1, 2, 1, "permuted", "short_pos2", checkpointing="selective", backend="fused", overlap="2"),
+]
 MOVED = [
     *(Case(2, "dedup", stage, 2, accumulation, "moved") for stage, accumulation in ((0, 3), (1, 1), (2, 3), (3, 1))),
     *(Case(4, "dedup", stage, 2, accumulation, "moved") for stage, accumulation in ((0, 1), (1, 3), (2, 1), (3, 3))),
@@ -268,7 +307,8 @@ BF16 = [
 
 def initial_weights(problem: Problem) -> Params:
     """Weights that bf16 holds exactly, in float32, so that all precisions start from the same model."""
-    params = plain_moe.init_params(PlainConfig(**problem.model), problem.seed, torch.float32)
+    shapes = plain_scmoe.param_shapes(problem.plain) if isinstance(problem.plain, PlainScMoE) else None
+    params = plain_moe.init_params(problem.plain, problem.seed, torch.float32, shapes)
     if problem.favoured:
         params["embed_tokens.weight"][:, 0] = 3.0
         if problem.apart:
@@ -299,7 +339,7 @@ def reference(name: str, world: int, accumulation: int) -> TrainRecord:
     """The plain model's training."""
     problem = PROBLEMS[name]
     return plain_moe.train(
-        PlainConfig(**problem.model),
+        problem.plain,
         {name: value.double() for name, value in initial_weights(problem).items()},
         batches(problem, world, accumulation),
         lr=lambda step: RATES[step],
@@ -312,6 +352,7 @@ def reference(name: str, world: int, accumulation: int) -> TrainRecord:
         aux_scope=problem.scope,
         bias_rate=BIAS_RATE,
         decay=lambda name: "norm" not in name and not name.startswith("embed_tokens"),
+        run=plain_scmoe.forward if problem.block else plain_moe.forward,
     )
 
 
@@ -572,7 +613,9 @@ def plain_bf16_error(problem: str) -> float:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", [*EXACT, *FUSED], ids=str)
+@pytest.mark.parametrize(
+    "case", [*EXACT, *SHORTCUTS, *FUSED, *(pytest.param(c, marks=pytest.mark.slow) for c in FUSED_MORE)], ids=str
+)
 def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> None:
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))
 

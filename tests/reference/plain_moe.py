@@ -32,6 +32,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 MicroBatch = tuple[Tensor, Tensor]
 """(input_ids [B, S], labels [B, S]); labels are the tokens to predict at each position, already shifted."""
+Shapes = dict[str, tuple[int, ...]]
 Batches = list[list[list[MicroBatch]]]
 """Indexed by optimizer step, then accumulation step, then data-parallel rank."""
 
@@ -73,6 +74,11 @@ class PlainConfig:
     def dim_per_head(self) -> int:
         """Width of one head with the default resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def choices_per_token(self) -> int:
+        """Assignments of a token to experts in a layer."""
+        return self.num_experts_per_tok
 
     @property
     def moe_layers(self) -> list[int]:
@@ -147,14 +153,17 @@ def _swiglu_shapes(name: str, hidden: int, inner: int) -> dict[str, tuple[int, .
     }
 
 
-def init_params(config: PlainConfig, seed: int, dtype: torch.dtype = torch.float64) -> Params:
+def init_params(
+    config: PlainConfig, seed: int, dtype: torch.dtype = torch.float64, shapes: Shapes | None = None
+) -> Params:
     """Normal weights of standard deviation `initializer_range`; norms' weights are spread likewise, around 1.
+    `shapes` in place of `param_shapes` are those of another model.
 
     Drawn in float64 and rounded to `dtype`, so that every dtype gets the same model.
     """
     generator = torch.Generator().manual_seed(seed)
     params = {}
-    for name, shape in param_shapes(config).items():
+    for name, shape in (shapes or param_shapes(config)).items():
         value = config.initializer_range * torch.randn(shape, generator=generator, dtype=torch.float64)
         params[name] = (1 + value if "norm" in name else value).to(dtype)
     return params
@@ -398,9 +407,10 @@ def step_gradient(
     aux_coef: float,
     z_coef: float,
     aux_scope: str,
+    run: Callable[..., PlainOutput],
 ) -> Params:
     """Gradient of one optimizer step, `batch` being accumulation steps of ranks; appends losses and counts."""
-    e, k = config.num_experts, config.num_experts_per_tok
+    e, k = config.num_experts, config.choices_per_token
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     grads = {name: torch.zeros_like(value) for name, value in params.items()}
     micro_batches = sum(len(ranks) for ranks in batch)
@@ -410,7 +420,7 @@ def step_gradient(
     seen_tokens = 0
 
     for ranks in batch:
-        outputs = [forward(leaves, config, input_ids, expert_bias=bias) for input_ids, _ in ranks]
+        outputs = [run(leaves, config, input_ids, expert_bias=bias) for input_ids, _ in ranks]
         for (input_ids, _), output in zip(ranks, outputs, strict=True):
             seen_tokens += input_ids.numel()
             for i, routing in zip(config.moe_layers, output.router, strict=True):
@@ -455,6 +465,7 @@ def train(
     aux_scope: str = "micro_batch",
     bias_rate: float = 0.001,
     decay: Callable[[str], bool] = lambda name: True,
+    run: Callable[..., PlainOutput] = forward,
 ) -> TrainRecord:
     """Train from `params` (left as they are), one optimizer step for each of `batches`.
 
@@ -464,6 +475,7 @@ def train(
     accumulation steps of this optimizer step up to the present one; the mean probabilities stay the micro-batch's own.
     `balance` bias updates each layer's bias after a step by the counts over the whole step. `lr` may be a function of
     the step, counted from 0. `decay` says by name which parameters decay.
+    `run` is the model's forward.
     """
     if balance not in ("aux_loss", "bias", "none") or aux_scope not in ("micro_batch", "global_batch"):
         raise ValueError(f"balance={balance}, aux_scope={aux_scope}")
@@ -483,6 +495,7 @@ def train(
             aux_coef=aux_coef if balance == "aux_loss" else 0.0,
             z_coef=z_coef,
             aux_scope=aux_scope,
+            run=run,
         )
         norm, scale = clip_scale(grads, clip)
         updated = {}

@@ -1,0 +1,125 @@
+"""Blocks whose routed experts read an earlier representation through a shortcut (ScMoE, arXiv 2404.05019).
+
+B batch, S sequence, H width. Of a dense block l and a shortcut block l+1, each sub-layer under a norm of its own:
+
+    a_l   = h_{l-1} + Attn_l(h_{l-1})
+    h_l   = a_l + MLP_l(a_l)
+    a_l+1 = h_l + Attn_l+1(h_l)
+    h_l+1 = a_l+1 + SE(a_l+1) + MoE(s)              scmoe, s = h_l (pos1), a_l (pos2) or h_{l-1} (pos3)
+    h_l+1 = a_l+1 + MoE(a_l+1) + MoE(a_l)           dgmoe
+
+With experts in every block there is no dense block l, and s = h_l. What the paper leaves open: the shortcut and the
+current representation have norms of their own; weights are softmax over all experts' logits, then the best; the gate
+of cg1 and cg2 reads the current representation as SE does, normed; the two choices of dgmoe share one router.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from occult_train.models.attention import Attention, Extend, Positions
+from occult_train.models.config import ModelConfig
+from occult_train.models.norm import RMSNorm
+from occult_train.models.recompute import run
+from occult_train.moe.layer import MoELayer, SwiGLU
+from occult_train.moe.losses import LayerRouting
+
+
+class DenseBlock(Protocol):
+    """What a pair needs of its first block."""
+
+    def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        """h + Attn(h)."""
+
+    def feed(self, a: Tensor) -> tuple[Tensor, LayerRouting | None]:
+        """a + MLP(a), and no routing."""
+
+
+class ShortcutBlock(nn.Module):
+    """The second block of a pair, as the steps that a schedule puts in order; `run_pair` is the sequential one.
+
+    Its experts' way is `route` (as early as the shortcut is known), `moe`; then `join` (after `attend`).
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoELayer, recompute: bool) -> None:
+        """moe: without a shared expert of its own; dual for dgmoe."""
+        super().__init__()
+        self.recompute, self.position, self.combine = recompute, config.scmoe.position, config.scmoe.combine
+        self.dual = config.scmoe.block == "dgmoe"
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(hidden, eps)
+        self.attention = Attention(config)
+        self.shortcut_norm = RMSNorm(hidden, eps)
+        self.moe = moe
+        self.mlp_norm = RMSNorm(hidden, eps)
+        self.shared_expert = None if self.dual else SwiGLU(hidden, config.shared_expert_intermediate_size)
+        ways = config.scmoe.gate_size
+        self.combine_gate = nn.Linear(hidden, ways, bias=False) if ways else None
+
+    def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        """h_l -> a_l+1, [B, S, H]."""
+        return h + run(self.recompute, self._attend, h, at, extend)
+
+    def route(self, shortcut: Tensor, current: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The inputs of `moe`: normed rows and their logits.
+
+        Args:
+            shortcut: s, [B, S, H].
+            current: a_l+1 of dgmoe, whose rows [2B, S, H] are those of s, then these.
+        """
+        return run(self.recompute, self._route, shortcut, current)
+
+    def join(self, a: Tensor, routed: Tensor) -> Tensor:
+        """h_l+1 from a_l+1 and the experts' output for what `route` gave."""
+        if self.dual:
+            earlier, current = routed.chunk(2)
+            return a + current + earlier
+        return run(self.recompute, self._join, a, routed)
+
+    def _attend(self, h: Tensor, at: Positions, extend: Extend | None) -> Tensor:
+        return self.attention(self.attention_norm(h), at, extend)
+
+    def _route(self, shortcut: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self.shortcut_norm(shortcut)
+        if current is not None:
+            x = torch.cat((x, self.mlp_norm(current)))
+        return x, self.moe.router(x.flatten(0, 1))
+
+    def _join(self, a: Tensor, routed: Tensor) -> Tensor:
+        assert self.shared_expert is not None
+        x = self.mlp_norm(a)
+        shared = self.shared_expert(x)
+        if self.combine_gate is None:
+            return a + shared + routed
+        gate = self.combine_gate(x)
+        if self.combine == "cg1":
+            return a + gate.sigmoid() * shared + routed
+        share = gate.softmax(dim=-1)
+        return a + share[..., :1] * shared + share[..., 1:] * routed
+
+
+def run_pair(
+    dense: DenseBlock | None,
+    block: ShortcutBlock,
+    h: Tensor,
+    at: Positions,
+    extends: tuple[Extend | None, Extend | None] = (None, None),
+) -> tuple[Tensor, LayerRouting | None]:
+    """A dense block and a shortcut block one step after the other: [B, S, H] -> [B, S, H], and the experts' routing.
+
+    Args:
+        dense: None with experts in every block.
+        h: h_{l-1}; h_l without a dense block.
+        extends: where the two attentions keep keys and values, if they do.
+    """
+    earlier = {"pos3": h}
+    if dense is not None:
+        earlier["pos2"] = dense.attend(h, at, extends[0])
+        h, _ = dense.feed(earlier["pos2"])
+    earlier["pos1"] = h
+    shortcut = earlier[block.position]
+    a = block.attend(h, at, extends[1])
+    x, logits_TE = block.route(shortcut, a if block.dual else None)
+    routed, routing = block.moe(x, logits_TE)
+    return block.join(a, routed), routing
