@@ -18,6 +18,8 @@ from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
 from occult_train.moe.losses import Balancer, LayerRouting
 from occult_train.moe.placement import Placement
+from occult_train.moe.pruning import PruneConfig, Pruner
+from occult_train.moe.similarity import SimilarityTables
 from occult_train.parallel.grid import Grid
 
 
@@ -38,6 +40,8 @@ class Runtime:
     bias_update_rate: float = 0.0
     way: Way | None = None
     """How the fused expert layer computes; None composes it of plain torch."""
+    prune: PruneConfig | None = None
+    """Pruning with its groups resolved; None prunes nothing."""
 
 
 class Block(nn.Module):
@@ -59,7 +63,9 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.dense_intermediate_size)
         else:
             placement = runtime.placements.get(layer) or Placement.contiguous(config.num_experts)
-            self.moe = MoELayer(_moe_options(config, runtime), runtime.grid, placement)
+            prune = runtime.prune
+            pruner = None if prune is None else Pruner(prune, layer, config.num_experts)
+            self.moe = MoELayer(_moe_options(config, runtime), runtime.grid, placement, pruner)
 
     def forward(self, h: Tensor, at: Positions) -> tuple[Tensor, LayerRouting | None]:
         """[B, S, H] -> [B, S, H] and the layer's routing if it has experts."""
@@ -153,6 +159,18 @@ class GPT(nn.Module):
             balance = self.balancer.combine(balance_Lm, routings, self.config.num_experts_per_tok)
             loss = loss + self.runtime.aux_loss_coef * balance
         return loss
+
+    def set_step(self, step: int) -> None:
+        """Prune as after `step` optimizer steps: before the next one, in evaluation and generation."""
+        for layer in self.moe_layers().values():
+            if layer.pruner is not None:
+                layer.pruner.set_step(step)
+
+    def set_similarity(self, tables: SimilarityTables) -> None:
+        """Give each layer's pruning its table."""
+        for index, layer in self.moe_layers().items():
+            if layer.pruner is not None:
+                layer.pruner.similarity_EE = tables.tables[index].contiguous()
 
     @torch.no_grad()
     def finish_step(self) -> Tensor:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from occult_train.errors import ConfigError
 from occult_train.hub.folder import HubConfig, read_config
 from occult_train.models.config import ModelConfig
+from occult_train.moe.pruning import PruneConfig
 
 DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
 BALANCES = ("aux_loss", "bias", "none")
@@ -63,7 +64,7 @@ class StatisticsConfig:
 
 @dataclass
 class MoEConfig:
-    """How the experts are reached and kept balanced. None of it but the balancing changes results."""
+    """How the experts are reached and kept balanced. None of it but balancing and pruning changes results."""
 
     dispatcher: str = "auto"
     """local (all experts on this rank), all_to_all (K copies of a token), dedup (one copy per device), or auto:
@@ -98,6 +99,7 @@ class MoEConfig:
     bias_update_rate: float = 0.001
     """Step of the balancing bias after each optimizer step (balance=bias)."""
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
 
 
 @dataclass
@@ -317,6 +319,8 @@ class Config:
             raise ConfigError(
                 f"model.num_experts={self.model.num_experts} is not divisible by parallel.expert={self.parallel.expert}"
             )
+        model = self.model
+        self.moe.prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, self.parallel.expert)
         if self.moe.dispatcher == "local" and self.parallel.expert > 1:
             raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {self.parallel.expert}")
         self._validate_replace()

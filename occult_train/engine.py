@@ -103,6 +103,7 @@ def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
         aux_loss=config.moe.aux_loss,
         z_loss_coef=config.moe.z_loss_coef,
         bias_update_rate=config.moe.bias_update_rate,
+        prune=config.moe.prune.resolved(config.parallel.expert) if config.moe.prune.active else None,
     )
 
 

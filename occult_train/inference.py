@@ -1,5 +1,6 @@
 """A trained model in one process: from a checkpoint, without DeepSpeed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from occult_train import config as configs
 from occult_train.checkpoint.logical import logical_tensors
+from occult_train.checkpoint.placing import recorded
 from occult_train.checkpoint.state import Weights, check_fits
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import Config
@@ -15,6 +17,7 @@ from occult_train.errors import CheckpointError, DataError
 from occult_train.hub import files as hub_files
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
+from occult_train.moe.similarity import FILE_NAME, SimilarityTables
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:
@@ -27,9 +30,20 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     runtime: Runtime | None = None,
+    pruned: bool = True,
 ) -> GPT:
-    """The model with the checkpoint's weights, in evaluation mode; without `runtime` all experts on this device."""
-    return fill_model(checkpoint_config(checkpoint).model, checkpoint, device, dtype, runtime)
+    """The model with the checkpoint's weights, in evaluation mode; without `runtime` all experts on this device.
+
+    It routes as it was trained to, unless `pruned` is false: then each token goes to its best experts.
+    """
+    config = checkpoint_config(checkpoint)
+    runtime = runtime or alone(checkpoint, config)
+    runtime = runtime if pruned else replace(runtime, prune=None)
+    model = fill_model(config.model, checkpoint, device, dtype, runtime)
+    model.set_step(checkpoint.step)
+    if runtime.prune is not None and runtime.prune.policy == "similarity":
+        model.set_similarity(SimilarityTables.load(checkpoint.folder / FILE_NAME))
+    return model
 
 
 @torch.no_grad()
@@ -55,6 +69,13 @@ def fill_model(
     for parameter in model.parameters():  # not model.to(dtype): the balancing bias stays fp32
         parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def alone(checkpoint: Checkpoint, config: Config) -> Runtime:
+    """How the checkpoint's model runs in one process. Pruning is for the devices that it was trained with."""
+    prune = config.moe.prune
+    resolved = prune.resolved(config.parallel.expert) if prune.active else None
+    return Runtime(placements=recorded(checkpoint), prune=resolved)
 
 
 def run_tokenizer(checkpoint: Checkpoint, given: str = "") -> Tokenizer:

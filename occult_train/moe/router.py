@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from occult_train.kernels.pruning.reference import Pruning
 from occult_train.kernels.routing import autograd, reference
 from occult_train.kernels.routing.reference import Routing
 
@@ -59,6 +60,6 @@ class Router(nn.Module):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         return F.linear(x_TH.to(wide), self.weight.to(wide))
 
-    def choose(self, logits_TE: Tensor) -> Routing:
-        """Pick experts and weights from the logits."""
-        return self.route(logits_TE, self.expert_bias, self.top_k, self.normalise)
+    def choose(self, logits_TE: Tensor, pruning: Pruning | None = None) -> Routing:
+        """Pick experts and weights from the logits, on few devices if `pruning` says so."""
+        return self.route(logits_TE, self.expert_bias, self.top_k, self.normalise, pruning)
