@@ -7,6 +7,7 @@ Unknown keys, wrong types and impossible combinations raise ConfigError with the
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -134,6 +135,10 @@ class TrainConfig:
     activation_checkpointing: str = "none"
     """selective recomputes attention, norms and experts in backward; routing and received rows are kept, so nothing is
     routed or sent twice."""
+    trainable: str = "all"
+    """all; moe (routers, experts and shared experts); or a regular expression: parameters in whose name it is found,
+    such as layers.3.moe.experts.w1. The others are frozen, in the type that the model computes in, and have no
+    optimizer states; thawed later, theirs begin at zero."""
     seed: int = 1234
 
 
@@ -309,6 +314,12 @@ class Config:
             "monitor.histogram_interval",
         ):
             _at_least(path, _get(self, path), 0)
+        try:
+            re.compile(self.train.trainable)
+        except re.error as error:
+            raise ConfigError(
+                f"train.trainable={self.train.trainable} is not all, moe or a regular expression: {error}"
+            ) from None
         if not 0 <= self.train.seed < 2**63:
             raise ConfigError(f"train.seed={self.train.seed} must lie between 0 and {2**63 - 1}")
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
