@@ -21,6 +21,8 @@ from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
 from occult_train.moe.losses import Balancer, LayerRouting
 from occult_train.moe.placement import Placement
+from occult_train.moe.pruning import PruneConfig, Pruner
+from occult_train.moe.similarity import SimilarityTables
 from occult_train.parallel.grid import Grid
 
 
@@ -41,6 +43,8 @@ class Runtime:
     bias_update_rate: float = 0.0
     way: Way | None = None
     """How the fused expert layer computes; None composes it of plain torch."""
+    prune: PruneConfig | None = None
+    """Pruning with its groups resolved; None prunes nothing."""
 
 
 class Block(nn.Module):
@@ -176,6 +180,18 @@ class GPT(nn.Module):
             loss = loss + self.runtime.aux_loss_coef * balance
         return loss
 
+    def set_step(self, step: int) -> None:
+        """Prune as after `step` optimizer steps: before the next one, in evaluation and generation."""
+        for layer in self.moe_layers().values():
+            if layer.pruner is not None:
+                layer.pruner.set_step(step)
+
+    def set_similarity(self, tables: SimilarityTables) -> None:
+        """Give each layer's pruning its table."""
+        for index, layer in self.moe_layers().items():
+            if layer.pruner is not None:
+                layer.pruner.similarity_EE = tables.tables[index].contiguous()
+
     @torch.no_grad()
     def predict(self, input_ids: Tensor, cache: KVCache, last: bool = True) -> Tensor:
         """Logits of tokens that follow those in `cache`, which takes them in.
@@ -207,7 +223,8 @@ def _make_block(config: ModelConfig, layer: int, runtime: Runtime) -> Block | Sh
 
 def _make_moe(config: ModelConfig, layer: int, runtime: Runtime) -> MoELayer:
     placement = runtime.placements.get(layer) or Placement.contiguous(config.num_experts)
-    return MoELayer(_moe_options(config, runtime), runtime.grid, placement)
+    pruner = None if runtime.prune is None else Pruner(runtime.prune, layer, config.num_experts)
+    return MoELayer(_moe_options(config, runtime), runtime.grid, placement, pruner)
 
 
 def _moe_options(config: ModelConfig, runtime: Runtime) -> MoEOptions:

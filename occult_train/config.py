@@ -7,6 +7,7 @@ Unknown keys, wrong types and impossible combinations raise ConfigError with the
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from occult_train.errors import ConfigError
 from occult_train.hub.folder import HubConfig, read_config
 from occult_train.models.config import ModelConfig
+from occult_train.moe.pruning import PruneConfig
 
 DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
 BALANCES = ("aux_loss", "bias", "none")
@@ -63,7 +65,7 @@ class StatisticsConfig:
 
 @dataclass
 class MoEConfig:
-    """How the experts are reached and kept balanced. None of it but the balancing changes results."""
+    """How the experts are reached and kept balanced. None of it but balancing and pruning changes results."""
 
     dispatcher: str = "auto"
     """local (all experts on this rank), all_to_all (K copies of a token), dedup (one copy per device), or auto:
@@ -98,6 +100,7 @@ class MoEConfig:
     bias_update_rate: float = 0.001
     """Step of the balancing bias after each optimizer step (balance=bias)."""
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
 
 
 @dataclass
@@ -132,6 +135,10 @@ class TrainConfig:
     activation_checkpointing: str = "none"
     """selective recomputes attention, norms and experts in backward; routing and received rows are kept, so nothing is
     routed or sent twice."""
+    trainable: str = "all"
+    """all; moe (routers, experts and shared experts); or a regular expression: parameters in whose name it is found,
+    such as layers.3.moe.experts.w1. The others are frozen, in the type that the model computes in, and have no
+    optimizer states; thawed later, theirs begin at zero."""
     seed: int = 1234
 
 
@@ -307,6 +314,12 @@ class Config:
             "monitor.histogram_interval",
         ):
             _at_least(path, _get(self, path), 0)
+        try:
+            re.compile(self.train.trainable)
+        except re.error as error:
+            raise ConfigError(
+                f"train.trainable={self.train.trainable} is not all, moe or a regular expression: {error}"
+            ) from None
         if not 0 <= self.train.seed < 2**63:
             raise ConfigError(f"train.seed={self.train.seed} must lie between 0 and {2**63 - 1}")
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
@@ -317,6 +330,8 @@ class Config:
             raise ConfigError(
                 f"model.num_experts={self.model.num_experts} is not divisible by parallel.expert={self.parallel.expert}"
             )
+        model = self.model
+        self.moe.prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, self.parallel.expert)
         if self.moe.dispatcher == "local" and self.parallel.expert > 1:
             raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {self.parallel.expert}")
         self._validate_replace()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,12 +104,36 @@ def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
         aux_loss=config.moe.aux_loss,
         z_loss_coef=config.moe.z_loss_coef,
         bias_update_rate=config.moe.bias_update_rate,
+        prune=config.moe.prune.resolved(config.parallel.expert) if config.moe.prune.active else None,
     )
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether AdamW decays the parameter: matrices do, norms and the embedding do not."""
     return parameter.dim() >= 2 and not name.startswith("embed_tokens")
+
+
+def freeze(model: GPT, config: Config) -> None:
+    """Leave trainable what train.trainable names.
+
+    Raises:
+        ConfigError: nothing, or not the experts though they are to move.
+    """
+    setting = config.train.trainable
+    if setting == "all":
+        return
+    pattern = re.compile(r"^layers\.\d+\.moe\." if setting == "moe" else setting)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(pattern.search(name) is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"train.trainable={setting} is found in no parameter's name, such as layers.0.moe.router.weight"
+        )
+    moving = config.moe.replace.interval
+    if moving and not all(p.requires_grad for layer in model.moe_layers().values() for p in layer.experts.parameters()):
+        raise ConfigError(
+            f"moe.replace.interval={moving} moves trainable experts, train.trainable={setting} freezes some"
+        )
 
 
 def build_engine(
@@ -132,11 +157,13 @@ def build_engine(
         init_weights(model, config.train.seed)
         if grid.rank == 0:
             say(chosen)
-    named = list(model.named_parameters())
-    parameters = [
+    freeze(model, config)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
         {"name": "decay", "params": [p for n, p in named if decays(n, p)]},
         {"name": "no_decay", "params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
+    parameters = [group for group in groups if group["params"]]
     settings = deepspeed_config(config, grid.world_size)
     if tensorboard is not None:
         settings["tensorboard"] = {

@@ -1,5 +1,6 @@
 """A trained model in one process: from a checkpoint, without DeepSpeed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from occult_train.hub.source import HubModel, open_model
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.moe.choose import Shape, Wanted, candidates
+from occult_train.moe.similarity import FILE_NAME, SimilarityTables
 from occult_train.parallel.grid import Grid
 
 
@@ -30,9 +32,20 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     runtime: Runtime | None = None,
+    pruned: bool = True,
 ) -> GPT:
-    """The model with the checkpoint's weights, in evaluation mode; without `runtime` all experts on this device."""
-    return fill_model(checkpoint_config(checkpoint).model, checkpoint, device, dtype, runtime)
+    """The model with the checkpoint's weights, in evaluation mode; without `runtime` all experts on this device.
+
+    It routes as it was trained to, unless `pruned` is false: then each token goes to its best experts.
+    """
+    config = checkpoint_config(checkpoint)
+    runtime = runtime or alone(checkpoint, config)
+    runtime = runtime if pruned else replace(runtime, prune=None)
+    model = fill_model(config.model, checkpoint, device, dtype, runtime)
+    model.set_step(checkpoint.step)
+    if runtime.prune is not None and runtime.prune.policy == "similarity":
+        model.set_similarity(SimilarityTables.load(checkpoint.folder / FILE_NAME))
+    return model
 
 
 @torch.no_grad()
@@ -60,6 +73,13 @@ def fill_model(
     return model.eval()
 
 
+def alone(checkpoint: Checkpoint, config: Config) -> Runtime:
+    """How the checkpoint's model runs in one process. Pruning is for the devices that it was trained with."""
+    prune = config.moe.prune
+    resolved = prune.resolved(config.parallel.expert) if prune.active else None
+    return Runtime(placements=recorded(checkpoint), prune=resolved)
+
+
 def serving_runtime(
     weights: Checkpoint | HubModel, grid: Grid, dispatcher: str, device: torch.device, dtype: torch.dtype
 ) -> Runtime:
@@ -72,8 +92,8 @@ def serving_runtime(
     if device.type == "cuda" and dispatcher != "all_to_all":
         sizes = (config.hidden_size, config.intermediate_size, config.num_experts, config.num_experts_per_tok)
         way = candidates(Shape(*sizes, 1, dtype), grid, Wanted(transport="collective", overlap="none"))[0]
-    placements = recorded(weights) if isinstance(weights, Checkpoint) else {}
-    return Runtime(grid=grid, dispatcher=dispatcher, placements=placements, way=way)
+    as_trained = alone(weights, checkpoint_config(weights)) if isinstance(weights, Checkpoint) else Runtime()
+    return replace(as_trained, grid=grid, dispatcher=dispatcher, way=way)
 
 
 def run_tokenizer(checkpoint: Checkpoint, given: str = "") -> Tokenizer:

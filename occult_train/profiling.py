@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from occult_train.checkpoint.placing import recorded
 from occult_train.checkpoint.store import Checkpoint
 from occult_train.config import Config, DataConfig
 from occult_train.data.corpus import Corpus, open_corpus
@@ -38,6 +39,8 @@ class Wanted:
     """Whole choices to keep of each layer."""
     batch: int = 0
     """Sequences that a rank computes at a time; 0 takes the run's micro-batch."""
+    similarity: bool = False
+    """Accumulate inner products of router logits as well."""
 
 
 class Profile:
@@ -69,6 +72,7 @@ class Profile:
     def _load(self, config: Config, say: Callable[[str], None]) -> GPT:
         if self.device == CPU or config.train.precision == "fp16":
             config.train.precision = "fp32"
+        config.moe.prune = config.moe.prune.resolved(config.parallel.expert)  # for the devices of its training
         config.train.micro_batch_size, config.parallel.expert = self.batch, self.grid.expert_size
         moe = config.moe  # another way may work here, or be the fastest, than where it was trained
         moe.dispatcher = moe.backend = moe.matmul = moe.transport = moe.overlap = "auto"
@@ -76,7 +80,8 @@ class Profile:
         way, chosen = choose_way(config, self.grid)
         say(chosen)
         dtype = PRECISIONS[config.train.precision]
-        return load_model(self.checkpoint, self.device, dtype, runtime(config, self.grid, way))
+        placed = replace(runtime(config, self.grid, way), placements=recorded(self.checkpoint))
+        return load_model(self.checkpoint, self.device, dtype, placed)
 
     @property
     def rounds(self) -> int:
@@ -91,7 +96,8 @@ class Profile:
             seed: of the sample.
             follow: is given the rounds and hands them on, for a progress bar.
         """
-        collector = RoutingCollector(self.model.moe_layers(), self.wanted.sample, seed, self.device)
+        layers, wanted = self.model.moe_layers(), self.wanted
+        collector = RoutingCollector(layers, wanted.sample, seed, self.device, wanted.similarity)
         step = self.batch * self.grid.world_size
         for start in follow(iter(range(0, len(self.indices), step))):
             mine = self.indices[start + self.grid.rank : start + step : self.grid.world_size]

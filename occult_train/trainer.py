@@ -21,10 +21,12 @@ from occult_train.errors import writing
 from occult_train.faults import StopSignal, set_step
 from occult_train.hub.source import HubModel
 from occult_train.meter import StepMeter, StepRecord, peak_flops
+from occult_train.moe.similarity import FILE_NAME
 from occult_train.monitor import Monitor
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 from occult_train.replacing import Replacer
+from occult_train.similarity_tables import find_tables
 from occult_train.statistics_window import StatisticsWindow
 from occult_train.stopvote import StopVote
 
@@ -60,9 +62,13 @@ class Trainer:
         for index in range(self._held_out()):
             self.valid_data[index]  # text that does not fit the vocabulary is refused now, not when it is evaluated
         self.start = beginning.find(config)  # what is wrong with it shows before anything is built
+        self.similarity = find_tables(config, self.start) if config.moe.prune.policy == "similarity" else None
+        """What pruning by similarity goes by."""
         torch.manual_seed(config.train.seed + self.grid.rank)
         self.engine = build_engine(config, self.grid, tensorboard=self.output / "tensorboard")
         self.model = self.engine.module
+        if self.similarity is not None:
+            self.model.set_similarity(self.similarity)
         self.accumulation = config.accumulation_steps(self.grid.world_size)
         self.step, self.consumed = 0, 0
         self.norm: float | None = None
@@ -76,6 +82,7 @@ class Trainer:
         """What moe.placement means without a checkpoint."""
         self.replacer = Replacer(config, self.engine, self.grid, self.monitor)
         self._resume()
+        self.model.set_step(self.step)
         if self.grid.rank == 0:
             with writing(f"output={config.output}"):
                 write_durably(self.output / "config.yaml", resolved)
@@ -126,10 +133,14 @@ class Trainer:
         started = time.perf_counter()
         yaml = configs.to_yaml(self.config)
         keep = self.config.checkpoint.keep
-        files = self.window.files() | self.replacer.files()
+        files = self.window.files() | self.replacer.files() | self._similarity_file()
         folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep, files)
         self.monitor.say(f"step {self.step}: saved {folder} in {time.perf_counter() - started:.1f} s")
         return folder
+
+    def _similarity_file(self) -> dict[str, bytes]:
+        """The tables, for a checkpoint; rank 0 writes them."""
+        return {FILE_NAME: self.similarity.to_bytes()} if self.similarity is not None and self.monitor.main else {}
 
     def _check_finite(self) -> None:
         norm = self.engine.get_global_grad_norm() if self.norm is None else self.norm
@@ -198,6 +209,7 @@ class Trainer:
             self.engine.step()
         self.step += 1
         set_step(self.step)
+        self.model.set_step(self.step)
         self.consumed += self.config.train.global_batch_size
         loads = self.model.finish_step()
         self.monitor.advance(self.step)

@@ -122,6 +122,7 @@ valid_overrides = st.sampled_from(
         "data.blend={a: 1, 'b c': 0.25}",
         "deepspeed.zero_optimization={overlap_comm: true, reduce_bucket_size: 1000}",
         "deepspeed.steps_per_print=5",
+        "moe.prune={policy: router, groups: 8, devices: 2, layers: {1: 4}, schedule: {9: 4}}",
     ]
 )
 
@@ -203,6 +204,8 @@ def test_unknown_settings_in_files_are_named(tmp_path: Path) -> None:
         ("model=null", "model", ""),
         ("train=3", "train", "3"),
         ("deepspeed=3", "deepspeed", ""),
+        ("moe.prune.layers={a: 1}", "moe.prune.layers", "a"),
+        ("moe.prune.schedule={5: x}", "moe.prune.schedule", "x"),
         ("output=${nope}", "output", "nope"),
         ("output=${output}", "output", ""),
         ("deepspeed.steps_per_print=${oc.env:OCCULT_NOT_SET}", "deepspeed.steps_per_print", "OCCULT_NOT_SET"),
@@ -257,6 +260,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 # --- impossible values
 
+PRUNED = ["moe.prune.policy=router", "moe.prune.groups=8", "moe.prune.devices=2"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
@@ -309,6 +314,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (["moe.dispatcher=local", "parallel.expert=2"], ["moe.dispatcher=local", "parallel.expert=1", "which is 2"]),
         (["data.sequence_length=4097"], ["data.sequence_length=4097", "model.max_position_embeddings=4096"]),
         (["data.path=x", "data.blend={a: 1}"], ["data.path=x", "data.blend={'a': 1.0}"]),
+        (["moe.prune.policy=routr"], ["moe.prune.policy=routr", "none, router, similarity"]),
+        (["moe.prune.devices=2"], ["moe.prune.devices=2 needs moe.prune.policy, which is none"]),
+        (["moe.prune.groups=-1"], ["moe.prune.groups=-1", "at least 0"]),
+        ([*PRUNED, "moe.prune.devices=0"], ["moe.prune.policy=router needs moe.prune.devices, which is 0"]),
+        ([*PRUNED, "moe.prune.devices=9"], ["moe.prune.devices=9", "the 8 devices of moe.prune.groups"]),
+        ([*PRUNED, "moe.prune.groups=0"], ["moe.prune.policy=router", "moe.prune.groups", "parallel.expert=1"]),
+        ([*PRUNED, "moe.prune.groups=0", "parallel.expert=16", "moe.prune.devices=1"],
+         ["moe.prune.devices=1 leaves a token 4 experts (1 times 4)", "model.num_experts_per_tok=8"]),
+        ([*PRUNED, "moe.prune.groups=7"], ["model.num_experts=64", "moe.prune.groups=7"]),
+        ([*PRUNED, "model.num_experts_per_tok=17"], ["moe.prune.devices=2 leaves a token 16 experts", "per_tok=17"]),
+        ([*PRUNED, "moe.prune.layers={16: 2}"], ["moe.prune.layers={16: 2} names layer 16"]),
+        ([*PRUNED, "moe.prune.layers={1: 0}"], ["moe.prune.layers.1=0", "at least 1"]),
+        ([*PRUNED, "moe.prune.schedule={9: 4, 5: 4}"], ["moe.prune.schedule={9: 4, 5: 4}", "from 4 to 4"]),
+        ([*PRUNED, "moe.prune.schedule={9: 2}"], ["moe.prune.schedule={9: 2} must lower m", "from 2 to 2"]),
+        ([*PRUNED, "moe.prune.schedule={0: 4}"], ["moe.prune.schedule={0: 4}", "at least 1"]),
+        ([*PRUNED, "moe.prune.schedule={5: 9}"], ["moe.prune.schedule={5: 9} has m=9, of 8 devices"]),
+        ([*PRUNED, "moe.prune.similarity=x"], ["moe.prune.similarity=x", "moe.prune.policy=similarity", "is router"]),
         (["model.hidden_size=0"], ["model.hidden_size=0", "at least 1"]),
         (["model.num_hidden_layers=0"], ["model.num_hidden_layers=0", "at least 1"]),
         (["model.vocab_size=-1"], ["model.vocab_size=-1"]),
@@ -401,6 +423,9 @@ SETTINGS = [
     "moe.dispatcher",
     "moe.balance",
     "moe.aux_loss_coef",
+    "moe.prune.devices",
+    "moe.prune.layers",
+    "moe.prune.schedule",
     "parallel.expert",
     "zero.stage",
     "train",

@@ -38,6 +38,9 @@ def command(
     words = None if _has_no_tokenizer(opened) and not tokenizer else run_tokenizer(opened, tokenizer)
     export(opened, output, dtype, int(shard_size * 1e9), words)
     print(f"exported {opened.folder} to {output}")
+    prune = checkpoint_config(opened).moe.prune
+    if prune.active:
+        print(f"it routes unpruned: moe.prune.policy={prune.policy} of its training has no place in a plain model")
     if verify:
         print(verify_export(opened, output).check(output))
 
@@ -138,7 +141,7 @@ def _write_configs(
 def verify_export(checkpoint: Checkpoint, folder: Path) -> Comparison:
     """Compare with what transformers loads, ours rounded to the export's dtype first."""
     stored = DTYPES[json.loads((folder / NOTE).read_text())["dtype"]]
-    ours = load_model(checkpoint)
+    ours = load_model(checkpoint, pruned=False)
     for parameter in ours.parameters():
         parameter.copy_(parameter.to(stored).to(torch.float32))
     return compare(ours, folder)

@@ -11,11 +11,13 @@ from typing import Annotated
 import torch
 import typer
 
+from occult_train.checkpoint.store import Checkpoint
 from occult_train.data.tokenizer import Tokenizer
 from occult_train.errors import DataError, UserError
 from occult_train.generation import Ending, OnToken, Sampling, generate
 from occult_train.inference import (
     fill_model,
+    load_model,
     open_weights,
     serving_runtime,
     weights_config,
@@ -128,7 +130,10 @@ def _generate(task: Task, grid: Grid, device: torch.device, on_token: OnToken | 
     opened = open_weights(task.model)
     dtype = weights_dtype(opened) if device.type == "cuda" else torch.float32
     runtime = serving_runtime(opened, grid, task.dispatcher, device, dtype)
-    model = fill_model(weights_config(opened), opened, device, dtype, runtime)
+    if isinstance(opened, Checkpoint):
+        model = load_model(opened, device, dtype, runtime)
+    else:
+        model = fill_model(weights_config(opened), opened, device, dtype, runtime)
     return generate(model, task.prompts, task.sampling, task.ending, on_token)
 
 

@@ -40,6 +40,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the sample.", min=0)] = 0,
     trace: Annotated[str, typer.Option(help="In place of a checkpoint: Megatron-Core's routing trace (folder).")] = "",
     experts: Annotated[int, typer.Option(help="Experts of a layer, with --trace.", min=0)] = 0,
+    similarity: Annotated[
+        bool, typer.Option(help="Also how alike experts are, for moe.prune.policy=similarity.")
+    ] = False,
     merge: Annotated[
         list[Path] | None, typer.Option(help="Statistics of other text to add; several, or no checkpoint, as well.")
     ] = None,
@@ -56,14 +59,16 @@ def command(
         raise UserError(f"--trace={trace} does not say how many experts there are: --experts")
     if not checkpoint and output is None:
         raise UserError("without a checkpoint there is no folder to write to: --output")
+    if similarity and not checkpoint:
+        raise UserError("--similarity needs a checkpoint: neither traces nor files of choices hold router logits")
     others = [(str(path), RoutingStatistics.load(path)) for path in merge or []]
     counted = [(trace, read_trace(Path(trace), experts, sample, seed))] if trace else []
     if checkpoint:
         grid = _join(expert)
         opened = open_run(checkpoint)
         output = output or opened.folder.parent.parent / f"statistics-{part}.safetensors"
-        _check_early(opened, others, output)
-        statistics = _profile(opened, Wanted(data, part, tokens, sample, batch), grid, seed)
+        _check_early(opened, others, similarity, output)
+        statistics = _profile(opened, Wanted(data, part, tokens, sample, batch, similarity), grid, seed)
         distributed.shutdown()
         if grid.rank:
             return
@@ -72,11 +77,17 @@ def command(
     _finish(_merged(counted + others, sample, seed), output)
 
 
-def _check_early(checkpoint: Checkpoint, others: list[tuple[str, RoutingStatistics]], output: Path) -> None:
+def _check_early(
+    checkpoint: Checkpoint, others: list[tuple[str, RoutingStatistics]], similarity: bool, output: Path
+) -> None:
     """Refuse before the work what would be refused after it."""
     model = checkpoint_config(checkpoint).model
     for name, part in others:
         part.check_model(model.moe_layers, model.num_experts, model.num_experts_per_tok, name)
+        if part.has_similarity != similarity:
+            raise UserError(
+                f"--merge={name} holds {'' if part.has_similarity else 'no '}similarity; --similarity is {similarity}"
+            )
     with writing(f"--output={output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
 

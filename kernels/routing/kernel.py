@@ -2,7 +2,7 @@
 
 A program holds the logits of a block of tokens in registers, so softmax, choice and sums read them once. Sums over
 tokens are added up block by block in a fixed order. Equal scores go to the lower expert; scores that are no numbers
-come last.
+come last. Pruning (kernels/pruning) replaces experts between the choice and all that follows from it.
 
 Example, K=2, logits log [.1, .4, .2, .3], bias 0: experts [1, 3], weights [.4, .3], normalised [.571, .429].
 """
@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from occult_train.kernels.launching import parts, power_of_2, quick
+from occult_train.kernels.pruning.kernel import replace
+from occult_train.kernels.pruning.reference import Pruning
 from occult_train.kernels.routing.reference import Routing
 
 LEAST = tl.constexpr(-3.0e38)
@@ -33,8 +35,9 @@ def _softmax(logits, t, e, T, E):
 @quick
 @triton.jit
 def _forward_kernel(
-    logits, bias, experts, weights, sums, T,
+    logits, bias, experts, weights, sums, slots, similarity, weighed, T, devices, group_size,
     E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, NORMALISE: tl.constexpr,
+    PRUNE: tl.constexpr, SIMILAR: tl.constexpr, INHERIT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * B + tl.arange(0, B)
     e, k = tl.arange(0, EP), tl.arange(0, KP)
@@ -42,6 +45,7 @@ def _forward_kernel(
     score = probs + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
     score = tl.where(score == score, score, LEAST)
     score = tl.where((e < E)[None, :], score, float("-inf"))
+    whole = score
     chosen = tl.zeros([B, EP], tl.int32)
     experts_BK = tl.zeros([B, KP], tl.int32)
     weights_BK = tl.zeros([B, KP], tl.float32)
@@ -54,10 +58,21 @@ def _forward_kernel(
         weights_BK = tl.where(here, tl.sum(tl.where(hit, probs, 0.0), 1)[:, None], weights_BK)
         chosen += hit.to(tl.int32)
         score = tl.where(hit, float("-inf"), score)
-    if NORMALISE:
-        weights_BK = weights_BK / tl.sum(weights_BK, 1)[:, None]
     at = t.to(tl.int64)[:, None] * K + k[None, :]
     inside = (t < T)[:, None] & (k < K)[None, :]
+    if PRUNE:
+        if INHERIT:
+            tl.store(weighed + at, experts_BK.to(tl.int64), mask=inside)
+        experts_BK, chosen = replace(
+            whole, experts_BK, chosen, slots, similarity, devices, group_size, E, K, EP, KP, B, SIMILAR
+        )  # fmt: skip
+        if not INHERIT:
+            for i in tl.static_range(K):
+                here = (k == i)[None, :]
+                hit = e[None, :] == tl.sum(tl.where(here, experts_BK, 0), 1)[:, None]
+                weights_BK = tl.where(here, tl.sum(tl.where(hit, probs, 0.0), 1)[:, None], weights_BK)
+    if NORMALISE:
+        weights_BK = weights_BK / tl.sum(weights_BK, 1)[:, None]
     tl.store(experts + at, experts_BK.to(tl.int64), mask=inside)
     tl.store(weights + at, weights_BK, mask=inside)
     there = (t < T)[:, None]
@@ -129,26 +144,43 @@ def _block(experts: int) -> dict[str, int]:
     return {"EP": padded, "B": max(8, min(64, 2048 // padded))}
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:
+def route(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool, pruning: Pruning | None = None
+) -> Routing:  # fmt: skip
     """As the reference's, without gradients; fp32.
 
     Raises:
         ValueError: shapes or types that do not fit.
     """
+    return forward(logits_TE, bias_E, top_k, normalise, pruning)[0]
+
+
+def forward(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool, pruning: Pruning | None
+) -> tuple[Routing, Tensor]:
+    """What `route` gives, and the experts [T, K] whose probabilities the weights are, for `backward`."""
     _check(logits_TE)
     tokens, experts = logits_TE.shape
     if bias_E.shape != (experts,) or bias_E.dtype != torch.float32 or not 0 < top_k <= experts:
         raise ValueError(f"{experts} experts, {top_k} a token, bias {bias_E.dtype} {tuple(bias_E.shape)}")
+    if pruning is not None:
+        _check_pruning(pruning, experts, top_k)
+    inherit = pruning is not None and pruning.inherit
     block = _block(experts)
     blocks = -(-tokens // block["B"])
-    chosen, counts = parts(logits_TE, torch.int64, [(tokens, top_k), (experts,)])
+    choices = [(tokens, top_k)] * (1 + inherit)
+    *kept, counts = parts(logits_TE, torch.int64, [*choices, (experts,)])
     weights, mean, z = parts(logits_TE, torch.float32, [(tokens, top_k), (experts,), ()])
-    found = Routing(chosen, weights, mean, z, counts)
+    found = Routing(kept[0], weights, mean, z, counts)
     sums = logits_TE.new_empty(blocks, 2 * experts + 1)
+    tables = (None, None) if pruning is None else (pruning.slots_E, pruning.similarity_EE)
+    numbers = (0, 0) if pruning is None else (pruning.devices, pruning.group_size)
     if tokens:
         _forward_kernel[(blocks,)](
-            logits_TE, bias_E, found.experts_TK, found.weights_TK, sums, tokens,
-            E=experts, K=top_k, KP=power_of_2(top_k), NORMALISE=normalise, **block,
+            logits_TE, bias_E, found.experts_TK, found.weights_TK, sums,
+            *tables, kept[1] if inherit else None, tokens, *numbers,
+            E=experts, K=top_k, KP=power_of_2(top_k), NORMALISE=normalise,
+            PRUNE=pruning is not None, SIMILAR=tables[1] is not None, INHERIT=inherit, **block,
         )  # fmt: skip
     _sum_kernel[(1,)](
         sums,
@@ -160,7 +192,20 @@ def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Rou
         E=experts,
         VP=power_of_2(2 * experts + 1),
     )
-    return found
+    return found, kept[-1]
+
+
+def _check_pruning(pruning: Pruning, experts: int, top_k: int) -> None:
+    slots, similarity, size = pruning.slots_E, pruning.similarity_EE, pruning.group_size
+    if slots.shape != (experts,) or slots.dtype != torch.int64 or experts % size:
+        raise ValueError(f"{experts} experts in groups of {size}, slots {slots.dtype} {tuple(slots.shape)}")
+    if pruning.devices * size < top_k:
+        raise ValueError(f"{pruning.devices} devices of {size} experts do not hold {top_k}")
+    if similarity is None:
+        return
+    if similarity.shape != (experts, experts) or similarity.dtype != torch.float32 or not similarity.is_contiguous():
+        found = f"{similarity.dtype} {tuple(similarity.shape)}"
+        raise ValueError(f"similarity must be contiguous fp32 [{experts}, {experts}], got {found}")
 
 
 def backward(

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from occult_train.kernels.pruning.reference import Pruning, prune
+
 
 class Routing(NamedTuple):
     """The choice for T tokens."""
 
     experts_TK: Tensor
-    """[T, K] int64, in descending order of score."""
+    """[T, K] int64, in descending order of score; with pruning, substitutes in the places of whom they replace."""
     weights_TK: Tensor
     """[T, K], differentiable."""
     mean_prob_E: Tensor
@@ -24,14 +26,19 @@ class Routing(NamedTuple):
     """[E] int64, tokens that chose each expert."""
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool) -> Routing:
-    """Softmax over all experts, then the K largest of probability + bias.
+def route(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, normalise: bool, pruning: Pruning | None = None
+) -> Routing:  # fmt: skip
+    """Softmax over all experts, then the K largest of probability + bias, replaced where `pruning` says so.
 
-    The weights are the unbiased probabilities, divided by their sum if `normalise`.
+    The weights are the unbiased probabilities of the experts finally used (of those first chosen, if substitutes
+    inherit), divided by their sum if `normalise`.
     """
     probs_TE = logits_TE.softmax(dim=-1)
-    experts_TK = (probs_TE.detach() + bias_E).topk(top_k, dim=-1).indices
-    weights_TK = probs_TE.gather(1, experts_TK)
+    scores_TE = probs_TE.detach() + bias_E
+    chosen_TK = scores_TE.topk(top_k, dim=-1).indices
+    experts_TK = chosen_TK if pruning is None else prune(scores_TE, chosen_TK, pruning)
+    weights_TK = probs_TE.gather(1, chosen_TK if pruning is not None and pruning.inherit else experts_TK)
     if normalise:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
     return _routing(logits_TE, probs_TE, experts_TK, weights_TK)

@@ -25,6 +25,11 @@ class Logical:
     writes: tuple[bool, ...]
     expert: bool
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What there is of it: the weights, and moments unless it is frozen."""
+        return KINDS if self.parameter.requires_grad else KINDS[:1]
+
 
 def key(kind: str, piece: str) -> str:
     """Name in the checkpoint: the piece itself for master weights, `exp_avg/<piece>` for a moment."""

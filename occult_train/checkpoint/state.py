@@ -128,7 +128,7 @@ def _write_shards(engine: Any, grid: Grid, folder: Path) -> dict[str, dict[str, 
     }
     failure: OSError | None = None
     for tensor in logical:
-        for kind in KINDS:
+        for kind in tensor.kinds:
             value = zero.get_full(engine, tensor.parameter, kind)
             if failure is None:
                 try:
@@ -147,6 +147,7 @@ def _shapes(logical: list[Logical], kinds: tuple[str, ...]) -> dict[str, tuple[i
         key(kind, piece): tensor.shape
         for tensor in logical
         for kind in kinds
+        if kind in tensor.kinds
         for piece, mine in zip(tensor.pieces, tensor.writes, strict=True)
         if mine
     }
@@ -180,11 +181,12 @@ def load(engine: Any, grid: Grid, checkpoint: Weights) -> None:
         CheckpointError: another model's, or damaged. Nothing is set if names or shapes do not fit.
     """
     logical = logical_tensors(engine.module, grid)
-    kinds = KINDS if checkpoint.has_optimizer else KINDS[:1]
-    check_fits(checkpoint, logical, kinds)
+    check_fits(checkpoint, logical, KINDS)
     zero.make_states(engine)
     for tensor in logical:
-        for kind in kinds:
+        for kind in tensor.kinds:
+            if not all(key(kind, piece) in checkpoint.entries for piece in tensor.pieces):
+                continue  # an imported model's, or frozen until now
             parts = [checkpoint.read(key(kind, piece)) for piece in tensor.pieces]
             value = torch.stack(parts) if tensor.expert else parts[0]
             zero.set_full(engine, tensor.parameter, kind, value)
@@ -202,12 +204,15 @@ def load(engine: Any, grid: Grid, checkpoint: Weights) -> None:
 
 
 def check_fits(checkpoint: Weights, logical: list[Logical], kinds: tuple[str, ...]) -> None:
-    """Raise CheckpointError unless the model's tensors on this rank are there with their shapes."""
+    """Raise CheckpointError unless the model's weights on this rank are there with their shapes, and so are moments
+    where there are any."""
     for tensor in logical:
         for piece in tensor.pieces:
             for kind in kinds:
                 name = key(kind, piece)
                 entry = checkpoint.entries.get(name)
+                if entry is None and kind != "param":
+                    continue  # frozen, or imported
                 if entry is None:
                     raise CheckpointError(f"checkpoint {checkpoint.folder} is of another model: it has no {name}")
                 if entry.shape != tensor.shape:

@@ -53,13 +53,20 @@ class LayerStatistics:
     """[E, E] int64, symmetric, zero diagonal: times that two experts were chosen by one token."""
     sets_NK: Tensor
     """[N, K] int16: a uniform sample of the tokens' whole choices, each in ascending order of expert."""
+    logit_products_EE: Tensor | None = None
+    """[E, E] fp64, symmetric: inner products of the experts' columns of router logits, squared norms on the diagonal;
+    None if they were not asked for."""
 
     @classmethod
-    def of(cls, tokens: int, products_EE: Tensor, sets_NK: Tensor) -> "LayerStatistics":
-        """From C^T C of the choices as zeros and ones C [T, E], whose diagonal are the loads."""
+    def of(
+        cls, tokens: int, products_EE: Tensor, sets_NK: Tensor, logit_products_EE: Tensor | None = None
+    ) -> "LayerStatistics":
+        """From C^T C of the choices as zeros and ones C [T, E], whose diagonal are the loads, and X^T X of logits X."""
         pairs_EE = products_EE.to("cpu", torch.int64, copy=True)
         loads_E = pairs_EE.diagonal().clone()
-        return cls(tokens, loads_E, pairs_EE.fill_diagonal_(0), sets_NK.cpu())
+        if logit_products_EE is not None:  # a matrix product need not be symmetric to the last bit
+            logit_products_EE = ((logit_products_EE + logit_products_EE.T) / 2).cpu()
+        return cls(tokens, loads_E, pairs_EE.fill_diagonal_(0), sets_NK.cpu(), logit_products_EE)
 
 
 class CollaborationMeter:

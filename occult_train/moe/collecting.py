@@ -11,6 +11,7 @@ from torch import Tensor
 from occult_train.moe.collaboration import LayerStatistics, RoutingCounter
 from occult_train.moe.layer import MoELayer
 from occult_train.moe.sampling import pick, shares
+from occult_train.moe.similarity import LogitProducts
 from occult_train.moe.statistics import RoutingStatistics
 
 DEFAULT_SAMPLE = 100_000
@@ -24,9 +25,12 @@ class RoutingCollector:
         sample: whole choices to keep of each layer, over all ranks.
         seed: of the sample.
         device: of the layers.
+        similarity: accumulate inner products of router logits as well.
     """
 
-    def __init__(self, layers: dict[int, MoELayer], sample: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: dict[int, MoELayer], sample: int, seed: int, device: torch.device, similarity: bool = False
+    ) -> None:
         self.layers, self.sample, self.seed, self.device = layers, sample, seed, device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0
         self.ranks: int = dist.get_world_size() if dist.is_initialized() else 1
@@ -34,15 +38,20 @@ class RoutingCollector:
             index: RoutingCounter(layer.options.experts, layer.options.top_k, sample, (seed, self.rank))
             for index, layer in layers.items()
         }
+        self.products = {i: LogitProducts(layer.options.experts) for i, layer in layers.items()} if similarity else {}
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what the layers route in the block."""
+        for index, products in self.products.items():
+            self.layers[index].logit_products = products
         for index, layer in self.layers.items():
             layer.counters.append(self.counters[index])
         try:
             yield
         finally:
+            for index in self.products:
+                self.layers[index].logit_products = None
             for index, layer in self.layers.items():
                 layer.counters.remove(self.counters[index])
 
@@ -67,9 +76,19 @@ class RoutingCollector:
         layers = {}
         for at, (index, counter) in enumerate(self.counters.items()):
             tokens = tokens_RL[:, at].tolist()
-            layers[index] = LayerStatistics.of(sum(tokens), pairs_LEE[at], self._sets(counter, tokens))
+            sets_NK = self._sets(counter, tokens)
+            layers[index] = LayerStatistics.of(sum(tokens), pairs_LEE[at], sets_NK, self._products(index))
         first = counters[0]
         return RoutingStatistics(first.experts, first.top_k, layers, provenance)
+
+    def _products(self, index: int) -> Tensor | None:
+        """Inner products of a layer's logits, of all ranks."""
+        if index not in self.products:
+            return None
+        total_EE = self.products[index].products(self.device).clone()
+        if self.ranks > 1:
+            dist.all_reduce(total_EE)
+        return total_EE
 
     def _sets(self, counter: RoutingCounter, tokens: list[int]) -> Tensor:
         """One uniform sample of all ranks' tokens; each rank sends only its share of it."""

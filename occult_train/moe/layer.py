@@ -16,7 +16,9 @@ from occult_train.moe.experts import Experts
 from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.placement import Placement
+from occult_train.moe.pruning import Pruner
 from occult_train.moe.router import Router
+from occult_train.moe.similarity import LogitProducts
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.zero import ExpertParallelLayer
 
@@ -60,12 +62,12 @@ class SwiGLU(nn.Module):
 class MoELayer(ExpertParallelLayer):
     """Routed experts spread over an expert-parallel group, and an optional shared expert.
 
-    A token's way: 1 router, 2 placement, 3 dispatch, 4 experts, 5 combine, 6 shared expert.
+    A token's way: 1 router and pruning, 2 placement, 3 dispatch, 4 experts, 5 combine, 6 shared expert.
     """
 
     expert_to_slot: Tensor
 
-    def __init__(self, options: MoEOptions, grid: Grid, placement: Placement) -> None:
+    def __init__(self, options: MoEOptions, grid: Grid, placement: Placement, pruner: Pruner | None = None) -> None:
         super().__init__(grid, options.experts, placement.by_device(grid.expert_size))
         self.options, self.placement = options, placement
         o = options
@@ -81,6 +83,9 @@ class MoELayer(ExpertParallelLayer):
         self.meter = CollaborationMeter(grid.expert_rank, grid.expert_size)
         self.counters: list[RoutingCounter] = []
         """Count the choices of experts while they are there."""
+        self.logit_products: LogitProducts | None = None
+        """Accumulates router logits while it is there."""
+        self.pruner = pruner
         self.tag(self.experts)
 
     def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
@@ -95,7 +100,11 @@ class MoELayer(ExpertParallelLayer):
         """
         x_TH = x.reshape(-1, x.shape[-1])
         logits_TE = self.router(x_TH) if logits_TE is None else logits_TE
-        routing = self.router.choose(logits_TE)
+        if self.logit_products is not None:
+            self.logit_products.add(logits_TE)
+        # on the placement's devices as they are now: experts may have moved
+        pruning = self.pruner.pruning(self.expert_to_slot) if self.pruner is not None else None
+        routing = self.router.choose(logits_TE, pruning)
         slots_TK = self._place(routing)
         if self.fused is not None:
             y_TH = self.experts(x_TH, slots_TK, routing.weights_TK)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from occult_train.kernels.pruning.reference import Pruning
 from occult_train.kernels.routing import autograd, reference
 from occult_train.kernels.routing.reference import Routing
 
@@ -42,8 +43,8 @@ class Router(nn.Module):
     ) -> None:
         """fused: choose with a Triton kernel (fp32 logits), else in plain torch. dual: by `route_dual`, in torch."""
         super().__init__()
-        self.top_k, self.normalise = top_k, normalise
-        self.route = reference.route_dual if dual else autograd.route if fused else reference.route
+        self.top_k, self.normalise, self.dual = top_k, normalise, dual
+        self.route = autograd.route if fused else reference.route
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32), persistent=False)
 
@@ -61,6 +62,8 @@ class Router(nn.Module):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         return F.linear(x_TH.to(wide), self.weight.to(wide))
 
-    def choose(self, logits_TE: Tensor) -> Routing:
-        """Pick experts and weights from the logits."""
-        return self.route(logits_TE, self.expert_bias, self.top_k, self.normalise)
+    def choose(self, logits_TE: Tensor, pruning: Pruning | None = None) -> Routing:
+        """Pick experts and weights from the logits, on few devices if `pruning` says so."""
+        if self.dual:  # a row's one expert is on one device
+            return reference.route_dual(logits_TE, self.expert_bias, self.top_k, self.normalise)
+        return self.route(logits_TE, self.expert_bias, self.top_k, self.normalise, pruning)

@@ -1,7 +1,8 @@
 """Routing statistics of a model: what `occult profile` and training write, and what placement is solved from.
 
-One safetensors file: for each MoE layer `layers.<index>.loads`, `.pairs` and `.sets` (`LayerStatistics`), and what
-they are of as metadata. Tensors of other names belong to later versions of this program, and are left alone.
+One safetensors file: for each MoE layer `layers.<index>.loads`, `.pairs` and `.sets` (`LayerStatistics`), with
+similarity also `.logit_products`, and what they are of as metadata. Tensors of other names belong to later versions of
+this program, and are left alone.
 """
 
 import hashlib
@@ -39,6 +40,11 @@ class RoutingStatistics:
     """Where they come from, as JSON values: checkpoint, corpus, steps and the like; for people, never computed with."""
 
     @property
+    def has_similarity(self) -> bool:
+        """Whether all layers have inner products of logits."""
+        return all(layer.logit_products_EE is not None for layer in self.layers.values())
+
+    @property
     def tokens(self) -> int:
         """Tokens counted, in the layer that counted most; layers only differ if files of different ones were merged."""
         return max(layer.tokens for layer in self.layers.values())
@@ -62,6 +68,8 @@ class RoutingStatistics:
         for index, layer in self.layers.items():
             tensors |= {f"layers.{index}.loads": layer.loads_E, f"layers.{index}.pairs": layer.pairs_EE}
             tensors[f"layers.{index}.sets"] = layer.sets_NK
+            if layer.logit_products_EE is not None:
+                tensors[f"layers.{index}.logit_products"] = layer.logit_products_EE
         about = {
             "num_experts": self.num_experts,
             "top_k": self.top_k,
@@ -69,7 +77,7 @@ class RoutingStatistics:
             "provenance": self.provenance,
         }
         text = json.dumps(about)
-        metadata = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _digest(text, tensors)}
+        metadata = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": digest(text, tensors)}
         return safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, metadata)
 
     @classmethod
@@ -95,7 +103,7 @@ class RoutingStatistics:
             raise StatisticsError(f"statistics {path} cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:
             raise StatisticsError(f"statistics {path} are damaged, or no safetensors file: {error}") from None
-        if metadata.get("sha256") != _digest(metadata.get("about", ""), tensors):
+        if metadata.get("sha256") != digest(metadata.get("about", ""), tensors):
             raise StatisticsError(f"statistics {path} are damaged: the checksum does not match")
         return cls._parse(path, json.loads(metadata["about"]), tensors)
 
@@ -104,8 +112,9 @@ class RoutingStatistics:
         layers = {}
         try:
             for index, tokens in sorted((int(index), int(tokens)) for index, tokens in about["tokens"].items()):
-                parts = [tensors[f"layers.{index}.{name}"] for name in ("loads", "pairs", "sets")]
-                layers[index] = LayerStatistics(tokens, *parts)
+                loads, pairs, sets = (tensors[f"layers.{index}.{name}"] for name in ("loads", "pairs", "sets"))
+                products = tensors.get(f"layers.{index}.logit_products")
+                layers[index] = LayerStatistics(tokens, loads, pairs, sets, products)
             found = cls(int(about["num_experts"]), int(about["top_k"]), layers, dict(about["provenance"]))
         except (KeyError, TypeError, ValueError) as error:
             raise StatisticsError(f"statistics {path} cannot be understood: {error!r}") from None
@@ -152,7 +161,11 @@ def merge(parts: list[RoutingStatistics], sample: int | None = None, seed: int =
         raise UserError("no statistics to merge")
     first = parts[0]
     for number, part in enumerate(parts[1:], start=2):
-        part.check_model(list(first.layers), first.num_experts, first.top_k, f"number {number} of those to merge")
+        name = f"number {number} of those to merge"
+        part.check_model(list(first.layers), first.num_experts, first.top_k, name)
+        if part.has_similarity != first.has_similarity:
+            with_it, without = ("the first", name) if first.has_similarity else (name, "the first")
+            raise StatisticsError(f"statistics {with_it} hold similarity, {without} none")
     layers = {index: merge_layers([part.layers[index] for part in parts], sample, seed) for index in first.layers}
     provenance = first.provenance if len(parts) == 1 else {"merged": [part.provenance for part in parts]}
     return RoutingStatistics(first.num_experts, first.top_k, layers, provenance)
@@ -161,11 +174,13 @@ def merge(parts: list[RoutingStatistics], sample: int | None = None, seed: int =
 def merge_layers(parts: list[LayerStatistics], sample: int | None = None, seed: int = 0) -> LayerStatistics:
     """`merge` for one layer."""
     counts = shares([p.tokens for p in parts], [len(p.sets_NK) for p in parts], sample, seed)
+    products = [part.logit_products_EE for part in parts if part.logit_products_EE is not None]
     return LayerStatistics(
         tokens=sum(part.tokens for part in parts),
         loads_E=torch.stack([part.loads_E for part in parts]).sum(dim=0),
         pairs_EE=torch.stack([part.pairs_EE for part in parts]).sum(dim=0),
         sets_NK=torch.cat([pick(p.sets_NK, n, seed, i) for i, (p, n) in enumerate(zip(parts, counts, strict=True))]),
+        logit_products_EE=torch.stack(products).sum(dim=0) if len(products) == len(parts) else None,
     )
 
 
@@ -184,6 +199,8 @@ def _check_layer(layer: LayerStatistics, experts: int, top_k: int) -> None:
         raise ValueError("pairs are not symmetric counts with a zero diagonal")
     if not torch.equal(pairs.sum(dim=1), loads * (top_k - 1)):
         raise ValueError("pairs do not add up to the loads")
+    if layer.logit_products_EE is not None:
+        _check_products(layer.logit_products_EE, experts)
     if len(sets) > layer.tokens:
         raise ValueError(f"{len(sets)} sets sampled of {layer.tokens} tokens")
     known = (sets >= 0) & (sets < experts)
@@ -191,7 +208,18 @@ def _check_layer(layer: LayerStatistics, experts: int, top_k: int) -> None:
         raise ValueError(f"sets are not ascending choices out of {experts} experts")
 
 
-def _digest(about: str, tensors: dict[str, Tensor]) -> str:
+def _check_products(products: Tensor, experts: int) -> None:
+    if products.dtype != torch.float64 or tuple(products.shape) != (experts, experts):
+        raise ValueError(
+            f"logit products are {products.dtype} {list(products.shape)} in place of torch.float64 {[experts, experts]}"
+        )
+    symmetric = torch.equal(products, products.T) and bool(products.isfinite().all())
+    if not symmetric or bool((products.diagonal() < 0).any()):
+        raise ValueError("logit products are not a symmetric matrix of finite numbers with squared norms as diagonal")
+
+
+def digest(about: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a text, then of each tensor's name and bytes."""
     digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         digest.update(name.encode())

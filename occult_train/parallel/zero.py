@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.checkpoint.autoep_affine import autoep_placement_to_affine_map, make_autoep_placement_descriptor
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
@@ -135,6 +136,10 @@ def set_adam_step(engine: Any, step: int) -> None:
 def get_full(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     """Whole fp32 value of a parameter's `param` (master weight), `exp_avg` or `exp_avg_sq`; an expert stack is this
     rank's own, [L, ...]. Collective over the ranks that hold the parameter. After `make_states` or `link_states`."""
+    if not parameter.requires_grad:
+        assert kind == "param", "a frozen parameter has no moments"
+        with GatheredParameters(parameter, enabled=hasattr(parameter, "ds_tensor")):
+            return parameter.data.detach().float().clone()
     if engine.zero_optimization_stage() == 0:
         value = parameter.data if kind == "param" else _adam(engine).state[parameter][kind]
         return value.detach().float().clone()
@@ -146,7 +151,9 @@ def get_full(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
 
 
 def set_full(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """Set what `get_full` gets. Afterwards call `push_weights` once for all parameters."""
+    """Set what `get_full` gets. Afterwards call `push_weights` once for all parameters; frozen ones need only that."""
+    if not parameter.requires_grad:
+        return
     value = value.to(parameter.device if parameter.numel() else engine.device, torch.float32)
     if engine.zero_optimization_stage() == 0:
         target = parameter.data if kind == "param" else _adam(engine).state[parameter][kind]

@@ -21,9 +21,9 @@ from occult_train.kernels.swiglu import kernel as swiglu
 
 TYPES = {
     **dict.fromkeys(("x", "out", "own_rows", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
-    **dict.fromkeys(("weight", "own_weight", "weight_X", "scalar", "scalars", "cos", "sin"), "*fp32"),
+    **dict.fromkeys(("weight", "own_weight", "weight_X", "scalar", "scalars", "cos", "sin", "similarity"), "*fp32"),
     **dict.fromkeys(("logits", "bias", "weights", "sums", "mean", "z", "d_weights", "d_mean", "d_z"), "*fp32"),
-    **dict.fromkeys(("slots", "address", "experts", "loads"), "*i64"),
+    **dict.fromkeys(("slots", "address", "experts", "loads", "weighed"), "*i64"),
     **dict.fromkeys(("position", "own", "send", "sends", "shift", "arrive", "words", "out_words"), "*i32"),
     **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back", "numbers"), "*i32"),
 }
@@ -41,6 +41,7 @@ ODD = (
     "w_stride",
     "words_stride",
     "first_word",
+    "devices",
 )
 """Numbers of which the compiler may not know that they are multiples of 16."""
 
@@ -71,6 +72,11 @@ THERE = {"PEERS": True, "EXTRAS": True}
 SUM = {"KP": 8, **ROW}
 ROUTE = {"E": 64, "K": 8, "EP": 64, "KP": 8, "B": 32}
 MANY = {"E": 256, "K": 8, "EP": 256, "KP": 8, "B": 8}
+PLAIN = {"PRUNE": False, "SIMILAR": False, "INHERIT": False}
+UNPRUNED = ("slots", "similarity", "weighed")
+BY_SCORE = {"PRUNE": True, "SIMILAR": False, "INHERIT": False, "NORMALISE": True}
+BY_SIMILARITY = BY_SCORE | {"SIMILAR": True}
+INHERITED = BY_SIMILARITY | {"INHERIT": True}
 GIVEN = {"WEIGHTS": True, "MEAN": True, "Z": True}
 LAYOUT = {"RANK": 1, "DP": 4, "LP": 16}
 VARIANTS = [
@@ -148,8 +154,14 @@ VARIANTS = [
     ),
     Variant("swiglu", swiglu._forward_kernel, {"BF": 1024}, warps=2, wide=True),
     Variant("swiglu, backward", swiglu._backward_kernel, {"BF": 1024}, warps=2, wide=True),
-    Variant("route", routing._forward_kernel, ROUTE | {"NORMALISE": True}),
-    Variant("route, many experts", routing._forward_kernel, MANY | {"NORMALISE": False}),
+    Variant("route", routing._forward_kernel, ROUTE | PLAIN | {"NORMALISE": True}, UNPRUNED),
+    Variant("route, many experts", routing._forward_kernel, MANY | PLAIN | {"NORMALISE": False}, UNPRUNED),
+    Variant("route, pruned", routing._forward_kernel, ROUTE | BY_SCORE, UNPRUNED[1:]),
+    Variant("route, pruned, many experts", routing._forward_kernel, MANY | BY_SCORE, UNPRUNED[1:]),
+    Variant("route, similarity", routing._forward_kernel, ROUTE | BY_SIMILARITY, UNPRUNED[2:]),
+    Variant("route, similarity, many experts", routing._forward_kernel, MANY | BY_SIMILARITY, UNPRUNED[2:]),
+    Variant("route, inherited", routing._forward_kernel, ROUTE | INHERITED),
+    Variant("route, inherited, many experts", routing._forward_kernel, MANY | INHERITED),
     Variant("route, sums", routing._sum_kernel, {"E": 256, "VP": 1024}),
     Variant("route, backward", routing._backward_kernel, ROUTE | GIVEN | {"NORMALISE": True}),
     Variant("route, backward, many experts", routing._backward_kernel, MANY | GIVEN | {"NORMALISE": True}),

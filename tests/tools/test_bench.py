@@ -232,11 +232,19 @@ def rows() -> list[dict[str, Any]]:
     return run_distributed(
         measure_all,
         2,
-        [*SYSTEMS, "scattermoe", "megablocks", "ours:depth=3", "ours:recompute=true", "autoep:tuned=true"],
+        [
+            *SYSTEMS,
+            "scattermoe",
+            "megablocks",
+            "ours:depth=3",
+            "ours:recompute=true",
+            "ours:prune=1",
+            "autoep:tuned=true",
+        ],
     )
 
 
-@pytest.mark.parametrize("system", [*SYSTEMS, "ours:recompute=true", "float32"])
+@pytest.mark.parametrize("system", [*SYSTEMS, "ours:recompute=true", "ours:prune=1", "float32"])
 def test_systems_are_right_and_measured(rows: list[dict[str, Any]], system: str) -> None:
     row = rows[0][system]
     assert "error" not in row
@@ -252,6 +260,13 @@ def test_systems_are_right_and_measured(rows: list[dict[str, Any]], system: str)
     assert {key: value for key, value in row.items() if key.startswith("error_")} == {
         key: value for key, value in rows[1][system].items() if key.startswith("error_")
     }
+
+
+def test_a_pruned_layer_sends_one_row_a_token_that_leaves(rows: list[dict[str, Any]]) -> None:
+    """At m = 1 on two ranks each token has one device, its home or the other, and the answer is another."""
+    sent = [rows[0][system]["sent_bytes"] for system in ("ours", "ours:prune=1")]
+    assert sent[1] < 0.75 * sent[0]
+    assert rows[0]["ours:prune=1"]["error_y"] != rows[0]["ours"]["error_y"]
 
 
 def test_a_wrong_layer_gets_no_number(rows: list[dict[str, Any]]) -> None:

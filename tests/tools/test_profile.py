@@ -94,6 +94,22 @@ def assert_counts(got: RoutingStatistics, expected: dict[int, tuple[list[int], l
         assert got.layers[index].pairs_EE.tolist() == pairs
 
 
+def assert_products(got: RoutingStatistics, run: Path, pieces: list[int]) -> None:
+    """Inner products of the logits of those pieces of the held-out .bin file."""
+    model = load_model(open_checkpoint(run))
+    tokens = np.fromfile(run.parent / "text" / "corpus" / "valid.bin", dtype="<u2").astype(np.int64)
+    seen: dict[int, Tensor] = {}
+    for index, layer in model.moe_layers().items():
+        layer.router.register_forward_hook(lambda _m, _i, logits, at=index: seen.update({at: logits.double()}))
+    with torch.no_grad():
+        model(torch.from_numpy(np.stack([tokens[piece * LENGTH :][:LENGTH] for piece in pieces])))
+    got.check()
+    for index, logits_TE in seen.items():
+        products = got.layers[index].logit_products_EE
+        assert products is not None
+        torch.testing.assert_close(products, logits_TE.T @ logits_TE, rtol=1e-4, atol=1e-4)  # logits are fp32
+
+
 def held_out(run: Path) -> int:
     size = (run.parent / "text" / "corpus" / "valid.bin").stat().st_size // 2
     return (size - 1) // LENGTH
@@ -130,13 +146,14 @@ def profiled(_rank: int, run: str, expert: int, wanted: Wanted) -> RoutingStatis
 @pytest.mark.parametrize("ranks, expert", [(1, 1), (2, 1), (4, 2)])
 def test_ranks_share_the_work(run: Path, ranks: int, expert: int) -> None:
     """Nine sequences, so that some rank has fewer and at last none; in batches of two."""
-    wanted = Wanted(tokens=9 * LENGTH, batch=2)
+    wanted = Wanted(tokens=9 * LENGTH, batch=2, similarity=True)
     results: list[Any] = run_distributed(profiled, ranks, str(run), expert, wanted)
     pieces = held_out(run)
     expected = plain(run, [i * pieces // 9 for i in range(9)])
     for statistics in results:
         assert statistics.tokens == 9 * LENGTH
         assert_counts(statistics, expected)
+        assert_products(statistics, run, [i * pieces // 9 for i in range(9)])
 
 
 def test_the_training_part_is_read_as_training_reads_it(run: Path, tmp_path: Path) -> None:
@@ -173,12 +190,15 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", "stuvwxyz")
     bare = str(run.parent / "text" / "corpus" / "train")
     (tmp_path / "file").write_text("")
-    foreign = tmp_path / "foreign"
+    foreign, plain_part = tmp_path / "foreign", tmp_path / "plain"
+    command(str(run), tokens=32, output=plain_part)
     command(trace=str(write_trace(tmp_path / "t")), experts=4, output=foreign)
     for arguments, message in (
         ({"data": "nowhere"}, "--data=nowhere does not exist"),
         ({"data": str(other)}, "made with another tokenizer than"),
         ({"data": bare}, "has no held-out text; take --part=train"),
+        ({"checkpoint": "", "trace": "t", "experts": 4, "output": foreign, "similarity": True}, "--similarity needs a"),
+        ({"merge": [plain_part], "similarity": True}, f"--merge={plain_part} holds no similarity"),
         ({"part": "test"}, "--part=test is not one of valid, train"),
         ({"expert": 2}, "--expert=2 needs as many ranks"),
         ({"checkpoint": ""}, "name a checkpoint or a run"),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from occult_train.kernels.pruning.reference import Pruning, prune
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench.routing import draw_experts, popularity
 from occult_train.tools.bench.shapes import Shape, parse_routing
@@ -113,8 +114,9 @@ class Answer:
     """Summed over the tokens of all ranks."""
 
 
-def right_answer(problem: Problem) -> Answer:
-    """The layer in plain fp32, one expert after the other. Collective over the expert-parallel group.
+def right_answer(problem: Problem, pruning: Pruning | None = None) -> Answer:
+    """The layer in plain fp32, one expert after the other, of pruned choices if so. Collective over the expert-parallel
+    group.
 
     Raises:
         RuntimeError: the router does not choose the experts that the problem was made for.
@@ -122,16 +124,19 @@ def right_answer(problem: Problem) -> Answer:
     batch, k = problem.batches[0], problem.shape.top_k
     x_TH = batch.x_TH.detach().float().requires_grad_()
     router_EH = problem.router_EH.detach().float().requires_grad_()
-    best = F.linear(x_TH, router_EH).softmax(-1).topk(k)
+    probs_TE = F.linear(x_TH, router_EH).softmax(-1)
+    best = probs_TE.topk(k)
     if not torch.equal(best.indices.sort(dim=1).values, batch.experts_TK):
         raise RuntimeError("the router does not choose the experts that the problem was made for")
-    weights_TK = best.values / best.values.sum(dim=1, keepdim=True)
-    probes = _most_loaded(problem)
+    chosen_TK = best.indices if pruning is None else prune(probs_TE.detach(), best.indices, pruning)
+    weights_TK = probs_TE.gather(1, chosen_TK)
+    weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+    probes = _most_loaded(problem, chosen_TK)
     y_TH, dx_TH = torch.zeros_like(x_TH), torch.zeros_like(x_TH)
     dweights_TK = torch.zeros_like(weights_TK)
     gradients: dict[int, Swiglu] = {}
     for expert in range(problem.shape.experts):
-        token, column = (best.indices == expert).nonzero(as_tuple=True)
+        token, column = (chosen_TK == expert).nonzero(as_tuple=True)
         rows = x_TH.detach()[token].requires_grad_()
         share = weights_TK.detach()[token, column].requires_grad_()
         w1, w2, w3 = (
@@ -152,9 +157,9 @@ def right_answer(problem: Problem) -> Answer:
     return Answer(y_TH.detach(), dx_TH + routing_dx, drouter, mine - first, summed[problem.grid.expert_rank])
 
 
-def _most_loaded(problem: Problem) -> list[int]:
+def _most_loaded(problem: Problem, experts_TK: Tensor) -> list[int]:
     """For every expert-parallel rank the expert of its that got most tokens in the first micro-batch."""
-    counts_E = torch.bincount(problem.batches[0].experts_TK.flatten(), minlength=problem.shape.experts)
+    counts_E = torch.bincount(experts_TK.flatten(), minlength=problem.shape.experts)
     if problem.grid.expert_size > 1:
         dist.all_reduce(counts_E, group=problem.grid.expert_group)
     best_D = counts_E.view(problem.grid.expert_size, -1).argmax(dim=1)

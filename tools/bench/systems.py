@@ -11,9 +11,11 @@ from torch.distributed.nn import functional as collectives
 from torch.nn import functional as F
 
 from occult_train.errors import UserError
+from occult_train.kernels.pruning.reference import Pruning
 from occult_train.moe.choose import Shape, Wanted, choose
 from occult_train.moe.layer import MoELayer, MoEOptions
 from occult_train.moe.placement import Placement
+from occult_train.moe.pruning import PruneConfig, Pruner
 from occult_train.tools.bench.problem import Problem, Swiglu
 from occult_train.tools.bench.shapes import read_value
 
@@ -37,6 +39,8 @@ class Layer:
     """Bytes sent to other ranks since the last call; None leaves it to be counted in the collectives."""
     note: str = ""
     """What of the system really runs."""
+    pruning: Pruning | None = None
+    """What it does to the choice of experts; its answer is another then."""
 
 
 Build = Callable[[Problem, dict[str, str]], Layer]
@@ -49,12 +53,12 @@ def normalised_top_k(x_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[Tenso
 
 
 WAYS = tuple(field.name for field in fields(Wanted))
-OPTIONS = ("dispatcher", "recompute", "backend", *WAYS)
+OPTIONS = ("dispatcher", "recompute", "backend", "prune", *WAYS)
 
 
 def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
-    """Our layer; `options` are `dispatcher` and `recompute` of MoEOptions, `backend` (fused or reference), and
-    the fields of `Wanted`, which choose its way.
+    """Our layer; `options` are `dispatcher` and `recompute` of MoEOptions, `backend` (fused or reference), `prune` (m
+    of the ranks, by score), and the fields of `Wanted`, which choose its way.
 
     Raises:
         UserError: there is no such option, or it does not work here.
@@ -75,6 +79,7 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         except ValueError as error:
             raise UserError(f"ours: {error}") from None
         note = f"{note} {chosen}"
+    pruner = _pruner(settings.pop("prune", None), problem)
     made = MoEOptions(
         hidden=shape.hidden,
         intermediate=shape.intermediate,
@@ -84,7 +89,7 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         **settings,
     )
     with torch.device(problem.device):
-        layer = MoELayer(made, grid, Placement.contiguous(shape.experts)).to(problem.dtype)
+        layer = MoELayer(made, grid, Placement.contiguous(shape.experts), pruner).to(problem.dtype)
     experts = layer.experts
     with torch.no_grad():
         layer.router.weight.copy_(problem.router_EH)
@@ -101,7 +106,17 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         expert_gradient=lambda i: (experts.w1.grad[i], experts.w2.grad[i], experts.w3.grad[i]),
         sent=lambda: sum(layer.dispatcher.traffic.drain().bytes_sent.values()),
         note=note,
+        pruning=None if pruner is None else pruner.pruning(layer.expert_to_slot),
     )
+
+
+def _pruner(devices: Any, problem: Problem) -> Pruner | None:
+    shape, ranks = problem.shape, problem.grid.expert_size
+    if devices is None:
+        return None
+    config = PruneConfig("router", devices, ranks)
+    config.validate(shape.experts, shape.top_k, [0], ranks)
+    return Pruner(config, 0, shape.experts)
 
 
 def build_reference(problem: Problem, options: dict[str, str]) -> Layer:
