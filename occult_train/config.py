@@ -63,6 +63,36 @@ class StatisticsConfig:
     """Tokens of each layer whose whole choice is kept, drawn uniformly over ranks and steps."""
 
 
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "moe.dispatcher": DISPATCHERS,
+    "moe.backend": BACKENDS,
+    "moe.matmul": MATMULS,
+    "moe.transport": TRANSPORTS,
+    "moe.balance": BALANCES,
+    "moe.aux_loss_scope": SCOPES,
+    "moe.aux_loss": AUX_LOSSES,
+    "train.precision": PRECISIONS,
+    "train.activation_checkpointing": CHECKPOINTING,
+    "scheduler.name": SCHEDULES,
+    "zero.stage": (0, 1, 2, 3),
+}
+"""Settings that are one of a few values."""
+LEAST = {
+    1: (
+        *("parallel.expert", "train.steps", "train.global_batch_size", "train.micro_batch_size"),
+        *("data.sequence_length", "monitor.interval"),
+        *("moe.statistics.sample", "moe.replace.window", "moe.replace.load_bound"),
+    ),
+    0: (
+        *("moe.aux_loss_coef", "moe.z_loss_coef", "moe.bias_update_rate", "moe.statistics.start"),
+        *("moe.statistics.steps", "moe.replace.interval", "moe.replace.min_gain", "train.gradient_clipping"),
+        *("optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "scheduler.warmup_steps"),
+        *("eval.interval", "eval.sequences", "checkpoint.interval", "checkpoint.keep", "monitor.histogram_interval"),
+    ),
+}
+"""The least value of settings that are numbers."""
+
+
 @dataclass
 class MoEConfig:
     """How the experts are reached and kept balanced. None of it but balancing and pruning changes results."""
@@ -258,62 +288,47 @@ class Config:
         for path, text in (("output", self.output), ("moe.placement", self.moe.placement)):
             if not text.strip():
                 raise ConfigError(f"{path} is empty")
-        _one_of("moe.dispatcher", self.moe.dispatcher, DISPATCHERS)
-        _one_of("moe.backend", self.moe.backend, BACKENDS)
-        _one_of("moe.matmul", self.moe.matmul, MATMULS)
-        _one_of("moe.transport", self.moe.transport, TRANSPORTS)
-        if self.moe.overlap not in ("auto", "none") and not (self.moe.overlap.isdigit() and int(self.moe.overlap)):
-            raise ConfigError(f"moe.overlap={self.moe.overlap} must be auto, none, or a number of chunks from 1 on")
-        if self.moe.transport == "symmetric" and self.moe.overlap not in ("auto", "none"):
+        for path, choices in CHOICES.items():
+            _one_of(path, _get(self, path), choices)
+        for least, paths in LEAST.items():
+            for path in paths:
+                _at_least(path, _get(self, path), least)
+        self._validate_moe()
+        self._validate_replace()
+        self._validate_training()
+        if self.data.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
-                f"moe.transport=symmetric moves all rows at once and cannot go with moe.overlap={self.moe.overlap}"
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
-        if self.moe.backend == "fused" and self.moe.dispatcher == "all_to_all":
+        if self.data.path and self.data.blend:
+            raise ConfigError(
+                f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given; "
+                "data.path= takes the first away"
+            )
+
+    def _validate_moe(self) -> None:
+        model, moe, ranks = self.model, self.moe, self.parallel.expert
+        if moe.overlap not in ("auto", "none") and not (moe.overlap.isdigit() and int(moe.overlap)):
+            raise ConfigError(f"moe.overlap={moe.overlap} must be auto, none, or a number of chunks from 1 on")
+        if moe.transport == "symmetric" and moe.overlap not in ("auto", "none"):
+            raise ConfigError(
+                f"moe.transport=symmetric moves all rows at once and cannot go with moe.overlap={moe.overlap}"
+            )
+        if moe.backend == "fused" and moe.dispatcher == "all_to_all":
             raise ConfigError("moe.backend=fused deduplicates and cannot go with moe.dispatcher=all_to_all")
-        _one_of("moe.balance", self.moe.balance, BALANCES)
-        _one_of("moe.aux_loss_scope", self.moe.aux_loss_scope, SCOPES)
-        _one_of("moe.aux_loss", self.moe.aux_loss, AUX_LOSSES)
-        if self.moe.aux_loss == "sequence" and self.moe.aux_loss_scope == "global_batch":
+        if moe.aux_loss == "sequence" and moe.aux_loss_scope == "global_batch":
             raise ConfigError(
                 "moe.aux_loss=sequence balances each sequence by itself and cannot go with "
                 "moe.aux_loss_scope=global_batch"
             )
-        _one_of("train.precision", self.train.precision, PRECISIONS)
-        _one_of("train.activation_checkpointing", self.train.activation_checkpointing, CHECKPOINTING)
-        _one_of("scheduler.name", self.scheduler.name, SCHEDULES)
-        _one_of("zero.stage", self.zero.stage, (0, 1, 2, 3))
-        for path in (
-            "parallel.expert",
-            "train.steps",
-            "train.global_batch_size",
-            "train.micro_batch_size",
-            "data.sequence_length",
-            "monitor.interval",
-            "moe.statistics.sample",
-            "moe.replace.window",
-            "moe.replace.load_bound",
-        ):
-            _at_least(path, _get(self, path), 1)
-        for path in (
-            "moe.aux_loss_coef",
-            "moe.z_loss_coef",
-            "moe.bias_update_rate",
-            "moe.statistics.start",
-            "moe.statistics.steps",
-            "moe.replace.interval",
-            "moe.replace.min_gain",
-            "train.gradient_clipping",
-            "optimizer.lr",
-            "optimizer.eps",
-            "optimizer.weight_decay",
-            "scheduler.warmup_steps",
-            "eval.interval",
-            "eval.sequences",
-            "checkpoint.interval",
-            "checkpoint.keep",
-            "monitor.histogram_interval",
-        ):
-            _at_least(path, _get(self, path), 0)
+        if model.num_experts % ranks:
+            raise ConfigError(f"model.num_experts={model.num_experts} is not divisible by parallel.expert={ranks}")
+        moe.prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, ranks)
+        if moe.dispatcher == "local" and ranks > 1:
+            raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {ranks}")
+
+    def _validate_training(self) -> None:
         try:
             re.compile(self.train.trainable)
         except re.error as error:
@@ -326,25 +341,6 @@ class Config:
             raise ConfigError(f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1)")
         if not 0 <= self.scheduler.min_lr_ratio <= 1:
             raise ConfigError(f"scheduler.min_lr_ratio={self.scheduler.min_lr_ratio} must lie between 0 and 1")
-        if self.model.num_experts % self.parallel.expert:
-            raise ConfigError(
-                f"model.num_experts={self.model.num_experts} is not divisible by parallel.expert={self.parallel.expert}"
-            )
-        model = self.model
-        self.moe.prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, self.parallel.expert)
-        if self.moe.dispatcher == "local" and self.parallel.expert > 1:
-            raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {self.parallel.expert}")
-        self._validate_replace()
-        if self.data.sequence_length > self.model.max_position_embeddings:
-            raise ConfigError(
-                f"data.sequence_length={self.data.sequence_length} is longer than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}"
-            )
-        if self.data.path and self.data.blend:
-            raise ConfigError(
-                f"data.path={self.data.path} and data.blend={self.data.blend} cannot both be given; "
-                "data.path= takes the first away"
-            )
 
     def _validate_replace(self) -> None:
         replace = self.moe.replace
