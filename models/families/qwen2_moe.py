@@ -10,16 +10,14 @@ from occult_train.models.families.family import (
     Family,
 )
 from occult_train.models.families.rules import (
+    QWEN_RULES,
     Rule,
     Unfit,
     attention_bias,
     head_dim,
     kv_heads,
     ours_only,
-    qwen_dense_layers,
-    rope,
     same,
-    window,
 )
 
 WIDTH = "shared_expert_intermediate_size"
@@ -35,17 +33,10 @@ QWEN2_MOE = Family(
     architecture="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",
     rules=(
-        same("intermediate_size", "moe_intermediate_size"),
-        same("num_experts", alias="num_local_experts"),
-        same("norm_topk_prob", default=False),
-        same("max_position_embeddings", default=32768),
-        same("rms_norm_eps", default=1e-6),
+        *QWEN_RULES,
         kv_heads(default=16),
         head_dim(write_always=False),
         attention_bias("qkv_bias", "qkv", default=True),
-        rope(10000.0),
-        window(switch=True),
-        qwen_dense_layers(),
         Rule((WIDTH,), same(WIDTH).read, _write_width),
         ours_only(qk_norm="none", shared_expert_gate=True, clip_qkv=0.0),
     ),

@@ -9,31 +9,21 @@ from occult_train.models.families.family import (
     Family,
 )
 from occult_train.models.families.rules import (
+    QWEN_RULES,
     attention_bias,
     head_dim,
     kv_heads,
     ours_only,
-    qwen_dense_layers,
-    rope,
-    same,
-    window,
 )
 
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     rules=(
-        same("intermediate_size", "moe_intermediate_size"),
-        same("num_experts", alias="num_local_experts"),
-        same("norm_topk_prob", default=False),
-        same("max_position_embeddings", default=32768),
-        same("rms_norm_eps", default=1e-6),
+        *QWEN_RULES,
         kv_heads(default=4),
         head_dim(write_always=True),
         attention_bias("attention_bias", "all", default=False),
-        rope(10000.0),
-        window(switch=True),
-        qwen_dense_layers(),
         ours_only(qk_norm="head", shared_expert_intermediate_size=0, shared_expert_gate=False, clip_qkv=0.0),
     ),
     tensors={**SHARED_TENSORS, **ATTENTION_BIASES, **QK_NORMS, **DENSE_LAYERS, **EXPERTS},

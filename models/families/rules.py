@@ -252,3 +252,16 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     if not right or (kind is not bool and isinstance(value, bool)) or not math.isfinite(value):
         raise Unfit(f"{key}={value!r}, which is no {kind.__name__}")
     return kind(value)
+
+
+QWEN_RULES = (
+    same("intermediate_size", "moe_intermediate_size"),
+    same("num_experts", alias="num_local_experts"),
+    same("norm_topk_prob", default=False),
+    same("max_position_embeddings", default=32768),
+    same("rms_norm_eps", default=1e-6),
+    rope(10000.0),
+    window(switch=True),
+    qwen_dense_layers(),
+)
+"""What Qwen2-MoE and Qwen3-MoE share."""

@@ -343,4 +343,6 @@ def test_no_hub_family_takes_shortcut_blocks(config: ModelConfig, qk_norm: str) 
 @each_shape
 def test_what_can_be_built_is_not(config: ModelConfig) -> None:
     config.validate()
-    replace(config, dense_layers=config.mlp_layers).validate()
+    named = replace(config, dense_layers=config.mlp_layers)
+    named.validate()
+    assert named.mlp_layers == config.mlp_layers
