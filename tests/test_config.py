@@ -122,7 +122,7 @@ valid_overrides = st.sampled_from(
         "data.blend={a: 1, 'b c': 0.25}",
         "deepspeed.zero_optimization={overlap_comm: true, reduce_bucket_size: 1000}",
         "deepspeed.steps_per_print=5",
-        "moe.prune={policy: router, groups: 8, devices: 2, layers: {1: 4}, schedule: {9: 4}}",
+        "moe.prune={policy: router, groups: 8, devices: 2, layers: {2: 4}, schedule: {9: 4}}",
     ]
 )
 
