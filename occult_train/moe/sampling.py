@@ -18,8 +18,8 @@ _RESERVOIR, _SHARES, _PICK = range(1, 4)
 def reservoir_draw(seed: Seed, seen: int, arriving: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which arriving items enter a reservoir, and where: algorithm R (Vitter, doi:10.1145/3147.3165) for many at once.
 
-    The first `size` items of the stream fill the places in their order. Item i (from 0) after them takes a uniform
-    place of i + 1 and is kept if the reservoir has that place; where two take the same, the later one stays. So all
+    The first `size` items of the stream fill the places in their order. Item i (from 0) after them enters with
+    probability size / (i + 1), at a uniform place; where two take the same, the later one stays. All
     layers of a model, which see the same tokens, share one draw and one copy to the device.
 
     Args:
@@ -31,14 +31,28 @@ def reservoir_draw(seed: Seed, seen: int, arriving: int, size: int, device: torc
     Returns:
         indices among the arriving items and places in the reservoir, both int64 [A] on `device`, places distinct.
     """
-    positions = np.arange(seen, seen + arriving)
-    places = _generator(_RESERVOIR, *seed, seen).integers(0, positions + 1)
-    places = np.where(positions < size, positions, places)
-    entering = np.flatnonzero(places < size)
+    random = _generator(_RESERVOIR, *seed, seen)
+    filling = np.arange(min(arriving, max(size - seen, 0)))
+    later = len(filling) + _entering(random, seen + len(filling), arriving - len(filling), size)
+    entering = np.concatenate((filling, later))
+    places = np.concatenate((seen + filling, random.integers(0, max(size, 1), len(later))))
     # np.unique finds first occurrences: of the reversed row, the last one
-    kept, first = np.unique(places[entering][::-1], return_index=True)
+    kept, first = np.unique(places[::-1], return_index=True)
     items = entering[::-1][first]
     return tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in (items, kept))  # type: ignore[return-value]
+
+
+def _entering(random: np.random.Generator, seen: int, arriving: int, size: int) -> NDArray[np.int64]:
+    """Which arriving items enter a full reservoir, ascending, in time of their number: those that would if all were as
+    likely as the first, found by the gaps between them, of which each is kept by its own likelihood."""
+    chance = size / (seen + 1)
+    found = np.zeros(0, dtype=np.int64)
+    last = -1
+    while chance and last < arriving - 1:
+        some = last + np.cumsum(random.geometric(chance, int(1.1 * chance * arriving) + 20))
+        found, last = np.concatenate((found, some)), int(some[-1])
+    found = found[found < arriving]
+    return found[random.random(len(found)) * (seen + found + 1) < seen + 1]
 
 
 def shares(totals: list[int], held: list[int], limit: int | None, seed: int) -> list[int]:
