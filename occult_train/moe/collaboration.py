@@ -12,8 +12,6 @@ from occult_train.moe.sampling import Seed, reservoir_draw
 
 EXACT_IN_FP32 = 2**24
 """Up to here fp32 counts without a gap."""
-TOKENS_A_PIECE = 512
-"""Multiplied by one block of threads or two."""
 
 
 @dataclass(frozen=True)
@@ -168,14 +166,11 @@ class RoutingCounter:
 
 def _products(experts_TK: Tensor, experts: int) -> Tensor:
     """C^T C [E, E] in fp32 of the choices as zeros and ones C [T, E]; exact for up to `EXACT_IN_FP32` tokens."""
-    if not experts_TK.is_cuda:
-        chosen_TE = torch.zeros(len(experts_TK), experts).scatter_(1, experts_TK, 1)
+    kind = torch.bfloat16 if experts_TK.is_cuda else torch.float32  # sums are in fp32 either way
+    chosen_TE = torch.zeros(len(experts_TK), experts, dtype=kind, device=experts_TK.device).scatter_(1, experts_TK, 1)
+    if kind == torch.float32:
         return chosen_TE.T @ chosen_TE
-    # a product of so few rows and columns would occupy a few multiprocessors, so the tokens are cut in pieces
-    pieces = -(-len(experts_TK) // TOKENS_A_PIECE)
-    chosen_TE = experts_TK.new_zeros(pieces * TOKENS_A_PIECE, experts, dtype=torch.bfloat16)
-    chosen_PTE = chosen_TE.scatter_(1, experts_TK, 1).view(pieces, TOKENS_A_PIECE, experts)
-    return torch.bmm(chosen_PTE.mT, chosen_PTE, out_dtype=torch.float32).sum(0)  # sums are in fp32 all along
+    return torch.mm(chosen_TE.T, chosen_TE, out_dtype=torch.float32)
 
 
 def mean_devices(sets_NK: Tensor, expert_to_device: Tensor) -> float:
