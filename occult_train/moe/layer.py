@@ -13,12 +13,14 @@ from occult_train.kernels.routing.reference import Routing
 from occult_train.moe.collaboration import CollaborationMeter, RoutingCounter
 from occult_train.moe.dispatch import Dispatched, make_dispatcher
 from occult_train.moe.experts import Experts
+from occult_train.moe.flight import Flight, FusedFlight, PlainFlight
 from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.placement import Placement
 from occult_train.moe.pruning import Pruner
 from occult_train.moe.router import Router
 from occult_train.moe.similarity import LogitProducts
+from occult_train.moe.stopwatch import Stopwatch
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.zero import ExpertParallelLayer
 
@@ -143,6 +145,18 @@ class MoELayer(ExpertParallelLayer):
         self.tag(self.experts)
         if self.fused is not None:
             self.fused.room = None  # another share of the tokens will come here
+
+    def begin(self, chosen: Chosen, chunks: int = 0, watch: Stopwatch | None = None) -> Flight:
+        """Steps 3 to 5 in stages, between which other things may be computed.
+
+        Args:
+            chunks: as of `Way`, for the fused layer.
+            watch: told how long they take.
+        """
+        tensors = chosen.x_TH, chosen.slots_TK, chosen.weights_TK
+        if self.fused is not None:
+            return FusedFlight(self.fused, self.experts, tensors, chunks, watch)
+        return PlainFlight(self.dispatcher, self._compute, tensors, watch)
 
     def _make_fused(self, grid: Grid) -> FusedExperts | None:
         """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""
