@@ -236,7 +236,7 @@ def _time_parts(schedule: Schedule, moe: MoELayer, chosen: Chosen, h: Any, windo
     """Each by itself; in backward too, since there nodes made last come first."""
     watch = schedule.watches[-1]
     watch.stamp("begun")
-    flight = moe.begin(chosen, 0, watch)
+    flight = moe.begin(chosen, schedule.chunks, watch)
     flight.send()
     flight.compute()
     y = flight.finish()
