@@ -20,6 +20,7 @@ from occult_train.models.scmoe import ShortcutBlock, run_pair
 from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
 from occult_train.moe.losses import Balancer, LayerRouting
+from occult_train.moe.overlap import Schedule
 from occult_train.moe.placement import Placement
 from occult_train.moe.pruning import PruneConfig, Pruner
 from occult_train.moe.similarity import SimilarityTables
@@ -43,6 +44,10 @@ class Runtime:
     bias_update_rate: float = 0.0
     way: Way | None = None
     """How the fused expert layer computes; None composes it of plain torch."""
+    schedule: str = "none"
+    """When shortcut-connected experts are computed; see `Schedule`."""
+    try_chunks: bool = False
+    """Whether that may choose chunks of its own."""
     prune: PruneConfig | None = None
     """Pruning with its groups resolved; None prunes nothing."""
 
@@ -123,6 +128,10 @@ class GPT(nn.Module):
         r = runtime
         self.balancer = Balancer(r.balance, r.aux_loss_scope, r.bias_update_rate, r.aux_loss)
         self.last_losses: Losses | None = None
+        setting = r.schedule if config.scmoe.window else "none"
+        self.schedule = Schedule(setting, config.scmoe.window, r.way.chunks if r.way else 0, r.try_chunks)
+        self.news: list[str] = []
+        """Lines for the log, for whoever calls `finish_step` to take."""
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The layers with experts, by index."""
@@ -151,7 +160,7 @@ class GPT(nn.Module):
             if isinstance(block, Block):
                 h, routing = block(h, at, extend)
             else:
-                h, routing = run_pair(first, block, h, at, (earlier, extend))
+                h, routing = run_pair(first, block, h, at, self.schedule, (earlier, extend))
             if routing is not None:
                 routings.append(routing)
         return h, routings
@@ -207,8 +216,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> Tensor:
-        """After an optimizer step: update balancing biases. Returns the step's expert loads [Lm, E] over all ranks."""
+        """After an optimizer step: update balancing biases, choose a schedule once enough was measured. Returns the
+        step's expert loads [Lm, E] over all ranks. Collective."""
         counts = self.balancer.finish_step()
+        if line := self.schedule.settle():
+            self.news.append(line)
         for layer, counts_E in zip(self.moe_layers().values(), counts, strict=True):
             bias = layer.router.expert_bias
             bias.copy_(self.balancer.updated_bias(bias, counts_E))

@@ -13,7 +13,8 @@ current representation have norms of their own; weights are softmax over all exp
 of cg1 and cg2 reads the current representation as SE does, normed; the two choices of dgmoe share one router.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from occult_train.models.norm import RMSNorm
 from occult_train.models.recompute import run
 from occult_train.moe.layer import MoELayer, SwiGLU
 from occult_train.moe.losses import LayerRouting
+from occult_train.moe.overlap import Schedule, run_window
+
+Shared = tuple[Tensor, Tensor, Tensor | None]
+"""a_l+1 [B, S, H], what is added to it beside the routed experts' output, and that one's weight [B, S, 1] or None."""
 
 
 class DenseBlock(Protocol):
@@ -37,15 +42,15 @@ class DenseBlock(Protocol):
 
 
 class ShortcutBlock(nn.Module):
-    """The second block of a pair, as the steps that a schedule puts in order; `run_pair` is the sequential one.
+    """The second block of a pair, as the steps that `run_pair` puts in order.
 
-    Its experts' way is `route` (as early as the shortcut is known), `moe`; then `join` (after `attend`).
+    Its experts' way is `route` (as early as the shortcut is known), `moe`, then `join` (after `attend` and `share`).
     """
 
     def __init__(self, config: ModelConfig, moe: MoELayer, recompute: bool) -> None:
         """moe: without a shared expert of its own; dual for dgmoe."""
         super().__init__()
-        self.recompute, self.position, self.combine = recompute, config.scmoe.position, config.scmoe.combine
+        self.recompute, self.before, self.combine = recompute, config.scmoe.before, config.scmoe.combine
         self.dual = config.scmoe.block == "dgmoe"
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps)
@@ -70,12 +75,14 @@ class ShortcutBlock(nn.Module):
         """
         return run(self.recompute, self._route, shortcut, current)
 
-    def join(self, a: Tensor, routed: Tensor) -> Tensor:
-        """h_l+1 from a_l+1 and the experts' output for what `route` gave."""
-        if self.dual:
-            earlier, current = routed.chunk(2)
-            return a + current + earlier
-        return run(self.recompute, self._join, a, routed)
+    def share(self, a: Tensor) -> Shared:
+        """a_l+1, and what does not wait for the experts of what is added to it."""
+        return a, *run(self.recompute, self._share, a)
+
+    def join(self, shared: Shared, routed: Tensor) -> Tensor:
+        """h_l+1 from what `share` gave and the experts' output for what `route` gave."""
+        a, own, weight = shared
+        return a + own + (routed if weight is None else weight * routed)
 
     def _attend(self, h: Tensor, at: Positions, extend: Extend | None) -> Tensor:
         return self.attention(self.attention_norm(h), at, extend)
@@ -86,17 +93,18 @@ class ShortcutBlock(nn.Module):
             x = torch.cat((x, self.mlp_norm(current)))
         return x, self.moe.router(x.flatten(0, 1))
 
-    def _join(self, a: Tensor, routed: Tensor) -> Tensor:
+    def _share(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The shared expert's output, weighted, and the routed experts' weight if it is not one."""
         assert self.shared_expert is not None
         x = self.mlp_norm(a)
         shared = self.shared_expert(x)
         if self.combine_gate is None:
-            return a + shared + routed
+            return shared, None
         gate = self.combine_gate(x)
         if self.combine == "cg1":
-            return a + gate.sigmoid() * shared + routed
+            return gate.sigmoid() * shared, None
         share = gate.softmax(dim=-1)
-        return a + share[..., :1] * shared + share[..., 1:] * routed
+        return share[..., :1] * shared, share[..., 1:]
 
 
 def run_pair(
@@ -104,22 +112,37 @@ def run_pair(
     block: ShortcutBlock,
     h: Tensor,
     at: Positions,
+    schedule: Schedule,
     extends: tuple[Extend | None, Extend | None] = (None, None),
-) -> tuple[Tensor, LayerRouting | None]:
-    """A dense block and a shortcut block one step after the other: [B, S, H] -> [B, S, H], and the experts' routing.
+) -> tuple[Tensor, LayerRouting]:
+    """A dense block and a shortcut block: [B, S, H] -> [B, S, H], and the experts' routing.
+
+    Tokens are routed as soon as the shortcut is known. When their experts are computed changes no bit.
 
     Args:
         dense: None with experts in every block.
         h: h_{l-1}; h_l without a dense block.
+        schedule: of the window.
         extends: where the two attentions keep keys and values, if they do.
     """
-    earlier = {"pos3": h}
+    steps: list[Callable[[Any], Any]] = [lambda h: block.attend(h, at, extends[1]), block.share]
+    first = block.before if dense is not None else 0
     if dense is not None:
-        earlier["pos2"] = dense.attend(h, at, extends[0])
-        h, _ = dense.feed(earlier["pos2"])
-    earlier["pos1"] = h
-    shortcut = earlier[block.position]
-    a = block.attend(h, at, extends[1])
-    x, logits_TE = block.route(shortcut, a if block.dual else None)
-    routed, routing = block.moe(x, logits_TE)
-    return block.join(a, routed), routing
+        steps = [lambda h: dense.attend(h, at, extends[0]), lambda a: dense.feed(a)[0], *steps]
+    if block.dual:
+        return _run_dual(block, h, steps[:-1])
+    for step in steps[:first]:
+        h = step(h)
+    chosen = block.moe.choose(*block.route(h))
+    shared, routed_TH = run_window(schedule, block.moe, chosen, h, steps[first:])
+    return block.join(shared, routed_TH.view_as(h)), chosen.routing
+
+
+def _run_dual(block: ShortcutBlock, h: Tensor, steps: list[Callable[[Any], Any]]) -> tuple[Tensor, LayerRouting]:
+    """Of dgmoe: the experts read what comes last, too, so they come after all else."""
+    a = [h]
+    for step in steps:
+        a.append(step(a[-1]))
+    routed, routing = block.moe(*block.route(a[block.before], a[-1]))
+    earlier, current = routed.chunk(2)
+    return a[-1] + current + earlier, routing

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 SHORTCUT_BLOCKS = ("none", "scmoe", "dgmoe")
 POSITIONS = ("pos1", "pos2", "pos3")
 COMBINATIONS = ("add", "cg1", "cg2")
+OPERATORS = ("attention", "mlp", "next attention", "shared expert")
+"""Of a pair of blocks, beside the routed experts."""
 
 
 @dataclass
@@ -29,6 +31,17 @@ class ScMoEConfig:
     combine: str = "add"
     """How the shared expert's output SE and the routed experts' MoE are joined: add; cg1, c * SE + MoE with a learned
     sigmoid c of the token; cg2, c * SE + (1 - c) * MoE by a softmax over two learned scores of it."""
+
+    @property
+    def before(self) -> int:
+        """Of a pair's four operators, how many come before the shortcut begins."""
+        return {"pos1": 2, "pos2": 1, "pos3": 0}[self.position]
+
+    @property
+    def window(self) -> tuple[str, ...]:
+        """The operators between where the shortcut begins and where the experts' output is added; none where the
+        experts also read what comes last."""
+        return OPERATORS[self.before :] if self.block == "scmoe" else ()
 
     @property
     def gate_size(self) -> int:

@@ -111,6 +111,10 @@ class MoEConfig:
     overlap: str = "auto"
     """Of the fused backend: none (exchange, then compute), a number of chunks whose exchange and computing overlap, or
     auto: the fastest, measured at the start."""
+    schedule: str = "auto"
+    """Of shortcut-connected experts (model.scmoe): none (one step after the other); the number of the gap of the window
+    in which experts are computed while their tokens travel beside its other computing, 0 before its first operator; or
+    auto: none where nothing travels, else the best gap by times measured in the first steps."""
     placement: str = "auto"
     """Which expert lives in which slot: contiguous; a JSON file made by `occult place` or by hand; or auto, the
     placement of the checkpoint that is continued, without one contiguous. contiguous and a file count where they are
@@ -315,6 +319,7 @@ class Config:
             raise ConfigError(
                 f"moe.transport=symmetric moves all rows at once and cannot go with moe.overlap={moe.overlap}"
             )
+        self._validate_schedule()
         if moe.backend == "fused" and moe.dispatcher == "all_to_all":
             raise ConfigError("moe.backend=fused deduplicates and cannot go with moe.dispatcher=all_to_all")
         if moe.aux_loss == "sequence" and moe.aux_loss_scope == "global_batch":
@@ -327,6 +332,20 @@ class Config:
         moe.prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, ranks)
         if moe.dispatcher == "local" and ranks > 1:
             raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {ranks}")
+
+    def _validate_schedule(self) -> None:
+        setting, scmoe = self.moe.schedule, self.model.scmoe
+        if setting in ("auto", "none"):
+            return
+        if not (setting.isascii() and setting.isdecimal()):
+            raise ConfigError(f"moe.schedule={setting} must be auto, none, or the number of a gap from 0 on")
+        if scmoe.block != "scmoe":
+            raise ConfigError(f"moe.schedule={setting} needs model.scmoe.block=scmoe, which is {scmoe.block}")
+        if int(setting) > len(scmoe.window):
+            raise ConfigError(
+                f"moe.schedule={setting} is none of the gaps 0 to {len(scmoe.window)} around {', '.join(scmoe.window)} "
+                f"of model.scmoe.position={scmoe.position}"
+            )
 
     def _validate_training(self) -> None:
         try:

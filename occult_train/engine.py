@@ -83,17 +83,43 @@ def choose_way(config: Config, grid: Grid) -> tuple[Way | None, str]:
         tokens,
         PRECISIONS[train.precision],
     )
+    # beside a window rows may need no chunks; the schedule will tell
+    overlap = "none" if moe.overlap == "auto" and schedule(config) != "none" else moe.overlap
     try:
-        way, text = choose(shape, grid, Wanted(moe.matmul, moe.transport, moe.overlap))
+        way, text = choose(shape, grid, Wanted(moe.matmul, moe.transport, overlap))
     except ValueError as error:
         raise ConfigError(f"moe.{error}") from None
     return way, f"experts: fused backend, {text}"
 
 
+def schedule(config: Config) -> str:
+    """moe.schedule with `auto` resolved where nothing is to be measured."""
+    travels = config.parallel.expert > 1 and bool(config.model.scmoe.window)
+    return config.moe.schedule if travels or config.moe.schedule != "auto" else "none"
+
+
+def _say_schedule(config: Config) -> str:
+    """A line about it; empty without shortcuts."""
+    setting, scmoe = schedule(config), config.model.scmoe
+    if scmoe.block == "none":
+        return ""
+    if setting == "auto":
+        return f"shortcut experts: the gap around {', '.join(scmoe.window)} is chosen by times of the first steps"
+    if setting != "none":
+        return (
+            f"shortcut experts: in gap {setting} of 0 to {len(scmoe.window)} around {', '.join(scmoe.window)}, as set"
+        )
+    why = "as set" if config.moe.schedule == "none" else "nothing travels, as parallel.expert=1"
+    return f"shortcut experts: after the window; {why if scmoe.window else 'dgmoe has none'}"
+
+
 def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
     """How the model of `config` runs on this rank."""
+    cuts = way is not None and way.transport != "symmetric" and torch.cuda.is_available()
     return Runtime(
         way=way,
+        schedule=schedule(config),
+        try_chunks=cuts and config.moe.overlap == "auto",
         grid=grid,
         dispatcher=config.dispatcher(),
         placements=resolve(config.moe.placement, config.model.moe_layers, config.model.num_experts),
@@ -155,8 +181,9 @@ def build_engine(
         with torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"):
             model = GPT(config.model, runtime(config, grid, way))
         init_weights(model, config.train.seed)
-        if grid.rank == 0:
-            say(chosen)
+        for line in (chosen, _say_schedule(config)):
+            if grid.rank == 0 and line:
+                say(line)
     freeze(model, config)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [

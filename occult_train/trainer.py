@@ -212,6 +212,8 @@ class Trainer:
         self.model.set_step(self.step)
         self.consumed += self.config.train.global_batch_size
         loads = self.model.finish_step()
+        while self.model.news:
+            self.monitor.say(f"step {self.step}: {self.model.news.pop(0)}")
         self.monitor.advance(self.step)
         if logged:
             self._log(rate, loads)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occult_train.config import PLACERS, Config, _paths, load, to_yaml
-from occult_train.engine import check_deepspeed, deepspeed_config
+from occult_train.engine import check_deepspeed, deepspeed_config, schedule
 from occult_train.errors import ConfigError
 from occult_train.models.config import ModelConfig
 from occult_train.moe.solver import METHODS
@@ -260,6 +260,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 # --- impossible values
 
+SHORTCUT = [
+    *("model.scmoe.block=scmoe", "model.num_experts_per_tok=1", "model.shared_expert_intermediate_size=8"),
+    "model.dense_intermediate_size=8",
+]
 PRUNED = ["moe.prune.policy=router", "moe.prune.groups=8", "moe.prune.devices=2"]
 
 
@@ -314,6 +318,12 @@ PRUNED = ["moe.prune.policy=router", "moe.prune.groups=8", "moe.prune.devices=2"
         (["moe.dispatcher=local", "parallel.expert=2"], ["moe.dispatcher=local", "parallel.expert=1", "which is 2"]),
         (["data.sequence_length=4097"], ["data.sequence_length=4097", "model.max_position_embeddings=4096"]),
         (["data.path=x", "data.blend={a: 1}"], ["data.path=x", "data.blend={'a': 1.0}"]),
+        (["moe.schedule=early"], ["moe.schedule=early", "auto, none, or the number of a gap"]),
+        (["moe.schedule=-1"], ["moe.schedule=-1", "auto, none, or the number of a gap"]),
+        (["moe.schedule=1"], ["moe.schedule=1", "model.scmoe.block=scmoe", "which is none"]),
+        ([*SHORTCUT, "moe.schedule=4"],
+         ["moe.schedule=4 is none of the gaps 0 to 3 around mlp, next attention, shared expert", "position=pos2"]),
+        ([*SHORTCUT, "model.scmoe.position=pos1", "moe.schedule=3"], ["moe.schedule=3", "gaps 0 to 2", "pos1"]),
         (["moe.prune.policy=routr"], ["moe.prune.policy=routr", "none, router, similarity"]),
         (["moe.prune.devices=2"], ["moe.prune.devices=2 needs moe.prune.policy, which is none"]),
         (["moe.prune.groups=-1"], ["moe.prune.groups=-1", "at least 0"]),
@@ -403,6 +413,22 @@ def test_ranks_must_fit() -> None:
 )
 def test_dispatcher_auto(overrides: list[str], dispatcher: str) -> None:
     assert load(overrides).dispatcher() == dispatcher
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resolved"),
+    [
+        ([], "none"),
+        (["parallel.expert=2"], "none"),
+        (SHORTCUT, "none"),
+        ([*SHORTCUT, "parallel.expert=2"], "auto"),
+        ([*SHORTCUT, "parallel.expert=2", "moe.schedule=none"], "none"),
+        ([*SHORTCUT, "moe.schedule=3"], "3"),
+    ],
+    ids=["no shortcut", "no shortcut, ranks", "one rank", "ranks", "none", "a gap"],
+)
+def test_a_schedule_is_measured_only_where_something_travels(overrides: list[str], resolved: str) -> None:
+    assert schedule(load(overrides)) == resolved
 
 
 # --- anything at all

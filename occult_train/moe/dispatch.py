@@ -1,11 +1,13 @@
 """Dispatchers: how token rows reach the devices of their experts and come back merged.
 
 A dispatcher is a plain class with `dispatch(x, slots, weights) -> Dispatched` and `combine(rows, dispatched) -> y`.
-All give the same result; they differ in what crosses the network.
+All give the same result; they differ in what crosses the network. `send` and `send_back` are the same two without
+waiting for the rows; each returns what waits.
 
 T tokens, H width, K experts a token, D devices, L experts a device, R received rows, M experts a received row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from occult_train.kernels.reindex.reference import RowIndex, device_rows, row_experts
 from occult_train.kernels.rows.autograd import gather, gather_sum
-from occult_train.parallel.all_to_all import ExchangePlan, all_to_all, exchange, exchange_counts, home_first
+from occult_train.parallel.all_to_all import ExchangePlan, exchange_counts, home_first, launch, start
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import Traffic
 
@@ -45,6 +47,14 @@ class Dispatcher(Protocol):
         """Bring merged rows home and sum them: [R, H] -> [T, H]."""
         ...
 
+    def send(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Callable[[], Dispatched]:
+        """Begin `dispatch`; call what is returned once to end it."""
+        ...
+
+    def send_back(self, rows_RH: Tensor, dispatched: Dispatched) -> Callable[[], Tensor]:
+        """Begin `combine`; call what is returned once to end it."""
+        ...
+
 
 class LocalDispatcher:
     """All experts live here; nothing moves."""
@@ -59,6 +69,15 @@ class LocalDispatcher:
     def combine(self, rows_RH: Tensor, dispatched: Dispatched) -> Tensor:
         """The rows are the tokens."""
         return rows_RH
+
+    def send(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Callable[[], Dispatched]:
+        """Nothing is under way."""
+        dispatched = self.dispatch(x_TH, slots_TK, weights_TK)
+        return lambda: dispatched
+
+    def send_back(self, rows_RH: Tensor, dispatched: Dispatched) -> Callable[[], Tensor]:
+        """Nothing is under way."""
+        return lambda: rows_RH
 
 
 class DedupDispatcher:
@@ -75,30 +94,52 @@ class DedupDispatcher:
 
     def dispatch(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Steps 2 to 4 of Occult's forward: index, gather, exchange rows with their experts and weights."""
+        return self.send(x_TH, slots_TK, weights_TK)()
+
+    def combine(self, rows_RH: Tensor, dispatched: Dispatched) -> Tensor:
+        """Steps 8 and 9: rows go back the way they came; home sums them."""
+        return self.send_back(rows_RH, dispatched)()
+
+    def send(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Callable[[], Dispatched]:
+        """As `Dispatcher.send`. Only the numbers of rows are waited for."""
         index, counts_D = device_rows(slots_TK // self.local, self.order)
         ids_SM, row_TK, column_TK = row_experts(index, slots_TK, self.order, self.local)
         weights_SM = weights_TK.new_zeros(ids_SM.shape).index_put((row_TK, column_TK), weights_TK)
         return self._send(gather(x_TH, index), ids_SM, weights_SM, index, counts_D)
 
-    def combine(self, rows_RH: Tensor, dispatched: Dispatched) -> Tensor:
-        """Steps 8 and 9: rows go back the way they came; home sums them."""
-        assert dispatched.plan is not None
-        assert dispatched.index is not None
-        (back_SH,) = all_to_all(dispatched.plan.reversed(), self.traffic, "combine", rows_RH)
-        return gather_sum(back_SH, dispatched.index)
+    def send_back(self, rows_RH: Tensor, dispatched: Dispatched) -> Callable[[], Tensor]:
+        """As `Dispatcher.send_back`."""
+        plan, index = dispatched.plan, dispatched.index
+        assert plan is not None
+        assert index is not None
+        receive = start(plan.reversed(), self.traffic, "combine", rows_RH)
 
-    def _send(self, rows: Tensor, ids: Tensor, weights: Tensor, index: RowIndex, counts: Tensor) -> Dispatched:
+        def end() -> Tensor:
+            (back_SH,) = receive()
+            return gather_sum(back_SH, index)
+
+        return end
+
+    def _send(
+        self, rows: Tensor, ids: Tensor, weights: Tensor, index: RowIndex, counts: Tensor
+    ) -> Callable[[], Dispatched]:
         plan = exchange_counts(counts, self.grid.expert_group, self.grid.expert_rank)
-        received_ids = exchange(ids.to(torch.int32), plan, self.traffic, "dispatch").to(torch.int64)
-        received, received_weights = all_to_all(plan, self.traffic, "dispatch", rows, weights)
-        return Dispatched(received, received_ids, received_weights, index, plan)
+        coming_ids, ids_work = launch(ids.to(torch.int32), plan, self.traffic, "dispatch")
+        receive = start(plan, self.traffic, "dispatch", rows, weights)
+
+        def end() -> Dispatched:
+            ids_work.wait()
+            received, received_weights = receive()
+            return Dispatched(received, coming_ids.to(torch.int64), received_weights, index, plan)
+
+        return end
 
 
 class AllToAllDispatcher(DedupDispatcher):
     """The baseline of plain expert parallelism: one row per (token, expert), K copies of a token."""
 
-    def dispatch(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """Every assignment is a row of its own, with one expert."""
+    def send(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Callable[[], Dispatched]:
+        """As `Dispatcher.send`: every assignment is a row of its own, with one expert."""
         tokens, k = slots_TK.shape
         index, counts_D = device_rows(slots_TK.reshape(-1, 1) // self.local, self.order)
         assignment_S = index.row_to_source

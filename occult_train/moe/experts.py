@@ -25,6 +25,10 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(local_experts, hidden, intermediate))
         self.w3 = nn.Parameter(torch.empty(local_experts, intermediate, hidden))
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """By default rows [R, H], their local experts and weights to rows; see kernels/experts. Or see moe/fused."""
-        return self.function(*inputs, self.w1, self.w2, self.w3)
+    def forward(self, *inputs: Tensor, function: Callable[..., Tensor] | None = None) -> Tensor:
+        """By default rows [R, H], their local experts and weights to rows; see kernels/experts. Or see moe/fused.
+
+        Args:
+            function: to compute this in place of what was given first.
+        """
+        return (function or self.function)(*inputs, self.w1, self.w2, self.w3)

@@ -138,5 +138,6 @@ class _Fused(torch.autograd.Function):
         if ctx.kept is None:
             raise RuntimeError("the fused layer frees what it keeps as backward uses it, so backward runs only once")
         kept, ctx.kept = ctx.kept, None
-        backward = Backward(ctx.steps, ctx.saved_tensors, kept, dy.contiguous(), ctx.needs_input_grad)
-        return (*backward.run(), None, None, None)  # slots, layer, keep
+        x, weights, *experts = ctx.saved_tensors
+        backward = Backward(ctx.steps, (x, weights), kept, dy.contiguous())
+        return (*backward.run(experts, ctx.needs_input_grad[2:5]), None, None, None)  # slots, layer, keep

@@ -9,6 +9,7 @@ from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.kernels.swiglu import kernel as swiglu
 from occult_train.moe.fused_steps import EXTRAS, Steps
+from occult_train.moe.lane import HERE, Lane
 from occult_train.moe.routes import Segment
 from occult_train.moe.transport import Back
 
@@ -17,26 +18,25 @@ class Backward:
     """dy goes the way of x, dx that of y: 1 dispatch dy; for each segment 2 expand dy, 3 back through w2 and SwiGLU,
     4 back through w1 and w3, merge and give back; 5 weight gradients; 6 combine at home.
 
-    With several segments the weight gradients come last, computed while dx travels. With one, w2's comes before step
-    4, so that the expanded dy need not live beside the expanded dx; and where nothing travels by then, step 6 comes
-    before the gradients of w1 and w3, so that the expanded dx need not live beside the expanded x.
+    With several segments, or with rows on a lane of their own, the weight gradients come last, computed while dx
+    travels. Else w2's comes before step 4, so that the expanded dy need not live beside the expanded dx; and where
+    nothing travels by then, step 6 comes before the gradients of w1 and w3, so that the expanded dx need not live
+    beside the expanded x.
 
     Args:
-        saved: x, weights, w1, w2, w3.
+        saved: x, weights.
         kept: the forward's, which is emptied.
     """
 
     def __init__(
-        self, steps: Steps, saved: Sequence[Tensor], kept: list[Tensor], dy: Tensor, needs: Sequence[bool]
+        self, steps: Steps, saved: Sequence[Tensor], kept: list[Tensor], dy: Tensor, lane: Lane = HERE
     ) -> None:
-        self.x, self.weights, self.w1, self.w2, self.w3 = saved
-        self.steps, self.dy, self.needs = steps, dy, needs
+        self.x, self.weights = saved
+        self.steps, self.dy, self.lane = steps, dy, lane
         self.kept = kept
         self.single = len(steps.segments) == 1
-        rows, (_, width, hidden) = steps.segments[-1].end, self.w1.shape
-        self.rows_XH: Tensor | None = dy.new_empty(rows, hidden)
-        self.both_X2F = dy.new_empty(rows, 2 * width)
-        self.weighted_XF: Tensor | None = None if self.single else dy.new_empty(rows, width)
+        hidden = dy.shape[1]
+        self.rows_XH: Tensor | None = dy.new_empty(steps.segments[-1].end, hidden)
         self.out, self.back = (Wire(hidden, self.weights.shape[1], dy.dtype, extras) for extras in (0, 1))
         self.arrived: list[Tensor | None] = []
         self.own_dx: list[Tensor] = []
@@ -45,8 +45,23 @@ class Backward:
         """Own rows of dy, expanded while dy is sent."""
         self.dw2: Tensor | None = None
 
-    def run(self) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weights, w1, w2 and w3."""
+    def run(self, experts: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weights, w1, w2 and w3.
+
+        Args:
+            experts: w1, w2, w3.
+            needs: of which of them a gradient is wanted.
+        """
+        self.begin()
+        self.inputs(experts, needs)
+        arrived = self.single and (self.exchange.shared or self.steps.segments[0].chunk is None)
+        gradients = self.combine() if arrived else None
+        dw1, dw2, dw3 = self.weight_gradients()
+        dx, dweights = gradients or self.combine()
+        return dx, dweights, dw1, dw2, dw3
+
+    def begin(self) -> None:
+        """Step 1."""
         steps = self.steps
         passes, own = ("combine_backward", "dispatch_backward"), None
         if not steps.recompute:  # else their room is needed for x first
@@ -57,18 +72,26 @@ class Backward:
         self.early = own
         self.exchange = steps.transport.begin(self.dy, steps.routes, (self.out, self.back), passes, None, own)
         self.exchange.go(steps.counts)
-        for g, segment in enumerate(steps.segments):
+
+    def inputs(self, experts: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        """Steps 2 to 4. Arguments as of `run`."""
+        self.w1, self.w2, self.w3 = experts
+        self.needs = needs
+        rows, width = self.steps.segments[-1].end, self.w1.shape[1]
+        self.both_X2F = self.dy.new_empty(rows, 2 * width)
+        self.weighted_XF: Tensor | None = None if self.single else self.dy.new_empty(rows, width)
+        for g, segment in enumerate(self.steps.segments):
             scalar_X = self._activations(g, segment)
-            if self.single:
+            if self.single and not self.lane.apart:
                 self._down_gradient()
             self._give_back(g, segment, scalar_X)
-        if not self.single:
+
+    def weight_gradients(self) -> tuple[Tensor | None, ...]:
+        """Step 5: of w1, w2 and w3."""
+        if self.rows_XH is not None:
             self._down_gradient()
-        arrived = self.single and (self.exchange.shared or steps.segments[0].chunk is None)
-        gradients = self._combine() if arrived else None
         dw1, dw3 = self._gate_up_gradients()
-        dx, dweights = gradients or self._combine()
-        return dx, dweights, dw1, self.dw2, dw3
+        return dw1, self.dw2, dw3
 
     def _activations(self, g: int, segment: Segment) -> Tensor:
         """Steps 2 and 3. Returns the gradients [X] of the segment's weights."""
@@ -101,7 +124,7 @@ class Backward:
         """Step 5 for w2, after which the expanded dy is not needed."""
         assert self.rows_XH is not None
         assert self.weighted_XF is not None
-        if self.needs[3]:
+        if self.needs[1]:
             self.dw2 = self.steps.weight_gradient(self.rows_XH, self.weighted_XF)
         self.rows_XH = self.weighted_XF = None
 
@@ -113,11 +136,12 @@ class Backward:
             wire = Wire(self.x.shape[1], self.weights.shape[1], self.x.dtype, EXTRAS)
             position = wire.extra(arrived, 0, torch.int32)
             back = Back(dx_rows, position, segment.start, scalar_X=scalar_X)
-            self.exchange.give_back(segment.chunk, back)
+            with self.lane.aside(*dx_rows, scalar_X):
+                self.exchange.give_back(segment.chunk, back)
         if segment.own:
             self.own_dx, self.own_scalar = dx_rows, scalar_X
 
-    def _combine(self) -> tuple[Tensor, Tensor | None]:
+    def combine(self) -> tuple[Tensor, Tensor | None]:
         """Step 6: the gradients of x and of the weights."""
         own_dx, self.own_dx = self.own_dx, []
         routes = self.steps.routes
@@ -128,7 +152,7 @@ class Backward:
 
     def _gate_up_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Step 5 for w1 and w3, from x expanded anew."""
-        if not (self.needs[2] or self.needs[4]):
+        if not (self.needs[0] or self.needs[2]):
             return None, None
         x_XH = self.x.new_empty(len(self.both_X2F), self.x.shape[1])
         for segment, arrived in zip(self.steps.segments, self.arrived, strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.movers.reference import Wire
 from occult_train.moe.fused_steps import EXTRAS, Steps
+from occult_train.moe.lane import HERE, Lane
 from occult_train.moe.routes import Counts, Room, Routes, Segment
 from occult_train.moe.transport import Back
 
@@ -26,10 +27,11 @@ class Forward:
     """
 
     def __init__(
-        self, layer: "FusedExperts", routes: Routes, x: Tensor, weights: Tensor, experts: tuple[Tensor, ...], keep: bool
-    ) -> None:
-        self.layer, self.routes, self.x, self.weights, self.keep = layer, routes, x, weights, keep
-        self.w1, self.w2, self.w3 = experts
+        self, layer: "FusedExperts", routes: Routes, x: Tensor, weights: Tensor, experts: tuple[Tensor, ...],
+        keep: bool, lane: Lane = HERE,
+    ) -> None:  # fmt: skip
+        self.layer, self.routes, self.x, self.weights, self.keep, self.lane = layer, routes, x, weights, keep, lane
+        self.experts = experts
         self.out, self.back = (Wire(x.shape[1], weights.shape[1], x.dtype, extras) for extras in (EXTRAS, 0))
         self.kept: list[Tensor] = []
         """For backward: of each segment the pre-activations, unless recomputed, then the rows that arrived."""
@@ -38,10 +40,7 @@ class Forward:
     def run(self) -> Tensor:
         """[T, H]."""
         layer, transport, room = self.layer, self.layer.transport, self.layer.room
-        passes = ("dispatch", "combine")
-        self.early_XH: Tensor | None = self.x.new_empty(room.expanded if room else 0, self.x.shape[1])
-        own = movers.Own(self.routes.own_TK, self.early_XH)
-        self.exchange = transport.begin(self.x, self.routes, (self.out, self.back), passes, self.weights, own)
+        self.begin()
         guess = room.guess() if room is not None and self.exchange.fits(room) else None
         y = None if guess is None else self._compute(guess)
         counts = self.routes.counts()
@@ -54,10 +53,29 @@ class Forward:
         self.kept.clear()
         return self._compute(counts)
 
+    def begin(self) -> None:
+        """Step 1, as far as it goes without knowing numbers of rows."""
+        room, passes = self.layer.room, ("dispatch", "combine")
+        self.early_XH: Tensor | None = self.x.new_empty(room.expanded if room else 0, self.x.shape[1])
+        own = movers.Own(self.routes.own_TK, self.early_XH)
+        wires = self.out, self.back
+        self.exchange = self.layer.transport.begin(self.x, self.routes, wires, passes, self.weights, own)
+
+    def send(self) -> None:
+        """The rest of step 1, for which the host waits."""
+        counts = self.routes.counts()
+        self.layer.room = (self.layer.room or Room()).after(counts)
+        self.steps = self._plan(counts)
+
     def _compute(self, counts: Counts) -> Tensor:
         """Steps 2 to 5, for as many rows as counted or guessed."""
         self.steps = self._plan(counts)
-        for g, segment in enumerate(counts.segments):
+        self.compute()
+        return self.combine()
+
+    def compute(self) -> None:
+        """Steps 2 to 4."""
+        for g, segment in enumerate(self.steps.segments):
             arrived = None if segment.chunk is None else self.exchange.arrived(segment.chunk)
             y_XH = self._experts(g, self._expand(g, segment, arrived))
             if arrived is not None:
@@ -65,6 +83,9 @@ class Forward:
             if segment.own:
                 self.own_y = [y_XH]
             del y_XH
+
+    def combine(self) -> Tensor:
+        """Step 5."""
         routes = self.routes
         returned = self.exchange.returned()
         return movers.combine(self.own_y, routes.own_TK, returned, routes.send_TD, self.back, self.weights)[0]
@@ -90,9 +111,10 @@ class Forward:
     def _experts(self, g: int, x_XH: Tensor) -> Tensor:
         """Step 3: [X, H] -> [X, H]."""
         keep = self.keep and not self.layer.recompute
-        kept, h_XF = self.steps.activations(x_XH, self.w1, self.w3, g, keep)
+        w1, w2, w3 = self.experts
+        kept, h_XF = self.steps.activations(x_XH, w1, w3, g, keep)
         self.kept += kept
-        return self.layer.matmul.nt(h_XF, self.w2, self.routes.layout.relative_GL[g])
+        return self.layer.matmul.nt(h_XF, w2, self.routes.layout.relative_GL[g])
 
     def _give_back(self, segment: Segment, arrived: Tensor, y_XH: Tensor) -> None:
         """Step 4."""
@@ -100,4 +122,5 @@ class Forward:
             self.kept.append(arrived.clone() if self.exchange.shared else arrived)
         assert segment.chunk is not None
         position, weight = self.out.extra(arrived, 0, torch.int32), self.out.extra(arrived, 1, torch.float32)
-        self.exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight))
+        with self.lane.aside(y_XH):
+            self.exchange.give_back(segment.chunk, Back([y_XH], position, segment.start, weight))

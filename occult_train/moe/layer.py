@@ -11,14 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from occult_train.kernels.experts.reference import experts
 from occult_train.kernels.routing.reference import Routing
 from occult_train.moe.collaboration import CollaborationMeter, RoutingCounter
-from occult_train.moe.dispatch import make_dispatcher
+from occult_train.moe.dispatch import Dispatched, make_dispatcher
 from occult_train.moe.experts import Experts
+from occult_train.moe.flight import Flight, FusedFlight, PlainFlight
 from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.placement import Placement
 from occult_train.moe.pruning import Pruner
 from occult_train.moe.router import Router
 from occult_train.moe.similarity import LogitProducts
+from occult_train.moe.stopwatch import Stopwatch
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.zero import ExpertParallelLayer
 
@@ -43,6 +45,17 @@ class MoEOptions:
     """Recompute experts in backward from the received rows, which are kept; nothing is routed or sent again."""
     way: Way | None = None
     """How the fused layer computes (`local` and `dedup` alike); None composes it of plain torch."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Tokens and where they go."""
+
+    x_TH: Tensor
+    slots_TK: Tensor
+    weights_TK: Tensor
+    routing: LayerRouting
+    """What the balancing losses need."""
 
 
 class SwiGLU(nn.Module):
@@ -98,6 +111,14 @@ class MoELayer(ExpertParallelLayer):
         Returns:
             output of x's shape, and what the balancing losses need.
         """
+        chosen = self.choose(x, logits_TE)
+        y_TH = self.apply_experts(chosen)
+        if self.shared_expert is not None:
+            y_TH = y_TH + self._run(self._shared, chosen.x_TH)
+        return y_TH.view_as(x), chosen.routing
+
+    def choose(self, x: Tensor, logits_TE: Tensor | None = None) -> Chosen:
+        """Steps 1 and 2. Arguments as of `forward`."""
         x_TH = x.reshape(-1, x.shape[-1])
         logits_TE = self.router(x_TH) if logits_TE is None else logits_TE
         if self.logit_products is not None:
@@ -105,17 +126,16 @@ class MoELayer(ExpertParallelLayer):
         # on the placement's devices as they are now: experts may have moved
         pruning = self.pruner.pruning(self.expert_to_slot) if self.pruner is not None else None
         routing = self.router.choose(logits_TE, pruning)
-        slots_TK = self._place(routing)
-        if self.fused is not None:
-            y_TH = self.experts(x_TH, slots_TK, routing.weights_TK)
-        else:
-            dispatched = self.dispatcher.dispatch(x_TH, slots_TK, routing.weights_TK)
-            rows_RH = self._run(self.experts, dispatched.rows_RH, dispatched.ids_RM, dispatched.weights_RM)
-            y_TH = self.dispatcher.combine(rows_RH, dispatched)
-        if self.shared_expert is not None:
-            y_TH = y_TH + self._run(self._shared, x_TH)
         sequences = self._sequence_loss(logits_TE, routing, x.shape[0]) if self.options.sequence_losses else None
-        return y_TH.view_as(x), LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E, sequences)
+        losses = LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E, sequences)
+        return Chosen(x_TH, self._place(routing), routing.weights_TK, losses)
+
+    def apply_experts(self, chosen: Chosen) -> Tensor:
+        """Steps 3 to 5 one after the other, [T, H]."""
+        if self.fused is not None:
+            return self.experts(chosen.x_TH, chosen.slots_TK, chosen.weights_TK)
+        dispatched = self.dispatcher.dispatch(chosen.x_TH, chosen.slots_TK, chosen.weights_TK)
+        return self.dispatcher.combine(self._compute(dispatched), dispatched)
 
     def place(self, placement: Placement) -> None:
         """Route to the experts where `placement` has them, and tell DeepSpeed so. Their weights are not touched."""
@@ -126,6 +146,18 @@ class MoELayer(ExpertParallelLayer):
         if self.fused is not None:
             self.fused.room = None  # another share of the tokens will come here
 
+    def begin(self, chosen: Chosen, chunks: int = 0, watch: Stopwatch | None = None) -> Flight:
+        """Steps 3 to 5 in stages, between which other things may be computed.
+
+        Args:
+            chunks: as of `Way`, for the fused layer.
+            watch: told how long they take.
+        """
+        tensors = chosen.x_TH, chosen.slots_TK, chosen.weights_TK
+        if self.fused is not None:
+            return FusedFlight(self.fused, self.experts, tensors, chunks, watch)
+        return PlainFlight(self.dispatcher, self._compute, tensors, watch)
+
     def _make_fused(self, grid: Grid) -> FusedExperts | None:
         """Steps 3 to 5 as one function, with the dispatcher's counters, if asked for."""
         o = self.options
@@ -134,6 +166,10 @@ class MoELayer(ExpertParallelLayer):
         if o.dispatcher == "all_to_all":
             raise ValueError("the fused layer deduplicates; dispatcher=all_to_all needs the reference backend")
         return FusedExperts(grid, o.experts, self.dispatcher.traffic, o.way, o.recompute)
+
+    def _compute(self, dispatched: Dispatched) -> Tensor:
+        """Step 4 on rows that have arrived, [R, H]."""
+        return self._run(self.experts, dispatched.rows_RH, dispatched.ids_RM, dispatched.weights_RM)
 
     def _place(self, routing: Routing) -> Tensor:
         """Experts' ids to slots."""

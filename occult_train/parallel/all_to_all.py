@@ -4,6 +4,7 @@ Rows are laid out *home first*: the rank's own rows, then those of the other ran
 copied and never enter the collective.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,47 +70,104 @@ def _in_rank_order(counts: list[int], rank: int) -> list[int]:
 
 def exchange(x: Tensor, plan: ExchangePlan, traffic: Traffic, name: str) -> Tensor:
     """Move rows without gradients: [rows_in, ...] home first -> [rows_out, ...] home first."""
+    out, work = launch(x, plan, traffic, name)
+    work.wait()
+    return out
+
+
+@dataclass(frozen=True)
+class Work:
+    """A collective under way, and the memory that it reads."""
+
+    handle: Any
+    source: Tensor
+
+    def wait(self) -> None:
+        """Until the rows are there: on CPU the caller waits, on a GPU its current stream."""
+        self.handle.wait()
+
+
+def launch(x: Tensor, plan: ExchangePlan, traffic: Traffic, name: str) -> tuple[Tensor, Work]:
+    """As `exchange`, without waiting: where the rows will be [rows_out, ...] home first, and for what to wait."""
     if x.shape[0] != plan.rows_in:
         raise ValueError(f"{x.shape[0]} rows given, the plan sends {plan.rows_in}")
     own, x = plan.send_counts[0], x.contiguous()
     out = x.new_empty((plan.rows_out, *x.shape[1:]))
     out[:own] = x[:own]
     remote = x[own:]
-    dist.all_to_all_single(
+    handle = dist.all_to_all_single(
         out[own:],
         remote,
         _in_rank_order(plan.receive_counts, plan.rank),
         _in_rank_order(plan.send_counts, plan.rank),
         group=plan.group,
+        async_op=True,
     )
     traffic.add_bytes(name, remote.numel() * remote.element_size())
-    return out
+    return out, Work(handle, remote)
 
 
-class _Exchange(torch.autograd.Function):
+class _Passage:
     """Rows and whatever travels beside them, forth in forward and back in backward, always in the same order.
 
-    One function for all tensors of a pass keeps the order of collectives equal on all ranks in backward too.
+    Sent in one node of the graph and waited for in a later one; backward sends in the later one and waits in the
+    earlier. What is computed between the two, in either direction, hides the way.
     """
 
-    @staticmethod
-    def forward(ctx: Any, plan: ExchangePlan, traffic: Traffic, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.traffic, ctx.name = plan, traffic, name
-        traffic.add_rows(name, sum(plan.send_counts[1:]), sum(plan.receive_counts[1:]))
-        return tuple(exchange(t, plan, traffic, name) for t in tensors)
+    def __init__(self, plan: ExchangePlan, traffic: Traffic, name: str) -> None:
+        self.plan, self.traffic, self.name = plan, traffic, name
+        self._under_way: list[tuple[Tensor, Work]] = []
+
+    def send(self, tensors: tuple[Tensor, ...], back: bool) -> None:
+        """Start."""
+        plan, name = (self.plan.reversed(), f"{self.name}_backward") if back else (self.plan, self.name)
+        self.traffic.add_rows(name, sum(plan.send_counts[1:]), sum(plan.receive_counts[1:]))
+        self._under_way = [launch(t, plan, self.traffic, name) for t in tensors]
+
+    def receive(self) -> tuple[Tensor, ...]:
+        """Wait for what was sent last."""
+        arrived, self._under_way = self._under_way, []
+        for _, work in arrived:
+            work.wait()
+        return tuple(out for out, _ in arrived)
+
+
+class _Send(torch.autograd.Function):
+    """What it returns holds no values: it leads `_Receive`'s gradients here."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        name, back = f"{ctx.name}_backward", ctx.plan.reversed()
-        ctx.traffic.add_rows(name, sum(back.send_counts[1:]), sum(back.receive_counts[1:]))
-        # plan, traffic and name take no gradient
-        return None, None, None, *(exchange(g, back, ctx.traffic, name) for g in grads)
+    def forward(ctx: Any, passage: _Passage, *tensors: Tensor) -> Tensor:
+        ctx.passage = passage
+        passage.send(tensors, back=False)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.passage.receive()  # passage
 
 
-def all_to_all(plan: ExchangePlan, traffic: Traffic, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Exchange several [rows_in, ...] tensors, the first of them the token rows, differentiably.
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, passage: _Passage, sent: Tensor) -> tuple[Tensor, ...]:
+        ctx.passage = passage
+        ctx.nothing = torch.empty_like(sent)
+        return passage.receive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        ctx.passage.send(grads, back=True)
+        return None, ctx.nothing  # passage
+
+
+def start(plan: ExchangePlan, traffic: Traffic, name: str, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Send several [rows_in, ...] tensors, the first of them the token rows, differentiably.
 
     Args:
         name: pass to count under, `dispatch` or `combine`; backward counts under `<name>_backward`.
+
+    Returns:
+        what waits for them and returns them [rows_out, ...]; to be called once.
     """
-    return _Exchange.apply(plan, traffic, name, *tensors)
+    passage = _Passage(plan, traffic, name)
+    sent = _Send.apply(passage, *tensors)
+    return lambda: _Receive.apply(passage, sent)

@@ -15,13 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from occult_train.config import load
 from occult_train.errors import ConfigError
 from occult_train.kernels.routing.reference import route, route_dual
+from occult_train.models.cache import KVCache
 from occult_train.models.config import ModelConfig
 from occult_train.models.families import family_of
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.init import init_weights
 from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.collecting import RoutingCollector
+from occult_train.moe.overlap import MEASURED, WARMUP
 from occult_train.moe.placement import Placement
+from occult_train.parallel.grid import Grid
+from occult_train.testing import run_distributed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "scmoe"
 SMALL = ModelConfig(
@@ -151,6 +155,62 @@ def test_recomputing_and_placing_change_no_bit(config: ModelConfig, dtype: torch
         assert torch.equal(loss, found[0][0])
         for name, grad in grads.items():
             assert torch.equal(grad, found[0][1][name]), name
+
+
+def results(config: ModelConfig, runtime: Runtime, dtype: torch.dtype, ids: Tensor) -> list[Tensor]:
+    """Loss and every gradient, after as many steps as a schedule needs to be chosen."""
+    model = build(config, runtime, dtype)
+    for _ in range(WARMUP + MEASURED + 1 if runtime.schedule == "auto" else 1):
+        model.zero_grad()
+        loss = model(ids, labels=ids)
+        loss.backward()
+        model.finish_step()
+    chosen = [line for line in model.news if "in gap" in line]
+    assert len(chosen) == (runtime.schedule == "auto" and config.scmoe.block == "scmoe")
+    assert all(p.grad is not None for p in model.parameters())
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def schedules(config: ModelConfig) -> list[str]:
+    return ["auto", *(str(gap) for gap in range(len(config.scmoe.window) + 1) if config.scmoe.window)]
+
+
+@each_shape
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_schedule_changes_a_bit(config: ModelConfig, recompute: bool) -> None:
+    runtime = Runtime(balance="aux_loss", aux_loss_coef=0.1, z_loss_coef=0.1, selective_checkpointing=recompute)
+    ids = tokens(2, 9)
+    expected = results(config, runtime, torch.bfloat16, ids)
+    for schedule in schedules(config):
+        got = results(config, replace(runtime, schedule=schedule), torch.bfloat16, ids)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), schedule
+
+
+def differing_schedules(rank: int) -> list[str]:
+    """What is not as without a schedule on ranks with different numbers of tokens, of prime size."""
+    runtime = Runtime(grid=Grid.create(2), dispatcher="dedup", balance="aux_loss", aux_loss_coef=0.1)
+    ids, found = tokens(1, 5 + 2 * rank, seed=rank), []
+    for name, config in SHAPES.items():
+        expected = results(config, runtime, torch.float32, ids)
+        for schedule in schedules(config):
+            got = results(config, replace(runtime, schedule=schedule), torch.float32, ids)
+            if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+                found.append(f"{name}, {schedule}")
+    return found
+
+
+def test_no_schedule_changes_a_bit_on_two_ranks() -> None:
+    assert run_distributed(differing_schedules, 2) == [[], []]
+
+
+def test_a_schedule_leaves_generation_s_logits_alone() -> None:
+    config, ids = SHAPES["pos3-cg2"], tokens(2, 9)
+    found = []
+    for schedule in ("none", "2"):
+        model = build(config, Runtime(schedule=schedule), torch.float32).eval()
+        cache = KVCache(config, [0, 0], 9, torch.zeros(1))
+        found.append([model.predict(ids[:, :6], cache), *(model.predict(ids[:, i : i + 1], cache) for i in (6, 7, 8))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # --- what the shortcut means, without the plain model
