@@ -68,7 +68,7 @@ def command(
     opened, texts = open_weights(model), _texts(prompt, prompts)
     _check_ranks(ep, dispatcher, weights_config(opened).num_experts, cpu)
     words = weights_tokenizer(opened, tokenizer)
-    starts = [words.encode(text) or [words.eod_id] for text in texts]
+    starts = [[*words.begin, *words.encode(text)] or [words.eod_id] for text in texts]
     sampling = Sampling(temperature, top_k, top_p, seed)
     task = Task(
         model, starts, sampling, Ending(length, words.eod_id, words.vocab_size), dispatcher if ep > 1 else "local", ep

@@ -81,6 +81,26 @@ def test_folder_run_and_ranks_say_the_same(
     assert occult(["run", "--prompts", "prompts.txt", "--ep", "2", *common], monkeypatch, capfd)[1] == batch
 
 
+def test_a_prompt_begins_as_the_family_s_tokenizer_lets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Mixtral's puts a token before each text: what comes of it is what transformers makes of its tokenizer's ids."""
+    making.make("mixtral", tmp_path)
+    making.add_tokenizer(tmp_path, begins=True)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    ids = words("def main", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == words.bos_token_id
+    theirs = [
+        reference.generate(start, max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)[0].tolist()
+        for start in (ids, ids[:, 1:])
+    ]
+    assert theirs[0][ids.shape[1] :] != theirs[1][ids.shape[1] - 1 :], "it matters"
+    command = [str(tmp_path), "--prompt", "def main", "--temperature", "0", "--length", str(LENGTH)]
+    code, text, err = occult(command, monkeypatch, capfd)
+    assert (code, text) == (0, words.decode(theirs[0][1:]) + "\n"), err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
