@@ -71,7 +71,7 @@ class SentencePieceTokenizer:
         if self.eod_id < 0:
             raise DataError(f"{path} has no end-of-sequence piece; name the piece that ends documents (--eod)")
         self._bos = _declared_bos(_read_config(Path(path).with_name(CONFIG)))
-        self.begin = (self._find(self._bos, path),) if self._bos else ()
+        self.begin: tuple[int, ...] = (self._find(self._bos, path),) if self._bos else ()
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         exact = all(map(self._model.is_byte, mark)) and self._model.normalize("a  ") == f"a{2 * SPACE_MARK}"
         self._mark: list[int] | None = mark if exact else None
@@ -146,7 +146,7 @@ class HuggingFaceTokenizer:
 
     The end of a document is `eod` if given, else the eos_token of the tokenizer_config.json beside it, else the first
     of <|endoftext|>, </s>, <eos> and <|end_of_text|> that is a special token of it. What a text begins with is the
-    bos_token if that tokenizer_config.json says add_bos_token (DeepSeek's does, its tokenizer.json does not), nothing if
+    bos_token if that file says add_bos_token (DeepSeek's does, its tokenizer.json does not), nothing if
     it says the contrary, else what the tokenizer.json itself puts there (Mixtral's, Llama's).
 
     Raises:
@@ -170,7 +170,7 @@ class HuggingFaceTokenizer:
         if found is None:
             raise DataError(f"{path} has no token {self._eod!r}, which is to end documents")
         self.eod_id: int = found
-        self.begin = self._beginning(path)
+        self.begin: tuple[int, ...] = self._beginning(path)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
