@@ -3,7 +3,8 @@
 The experts of all layers share places on the device. What a layer's tokens have chosen and is in no place is copied
 there, on a stream of its own, over what was used longest ago; as soon as the choice is known, if `ahead`. With
 shortcut-connected experts that is before their window's operators are computed, and the copies run beside those. Other
-experts are needed at once, and so their copies are waited for.
+experts are needed at once, and so their copies are waited for. Pinned memory is what torch allocates for it: of each
+stack the next power of two.
 
 T tokens, H width, F expert width, E experts a layer, K experts a token.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from occult_train.errors import UserError
-from occult_train.kernels.experts.reference import apply_grouped
+from occult_train.kernels.experts.reference import apply_grouped, experts
 from occult_train.kernels.reindex.reference import RowIndex
 from occult_train.moe.experts import Experts
 
@@ -88,18 +89,18 @@ class Places:
         """On the device."""
         return self.held.size * self.expert_bytes
 
-    def bring(self, layer: int, experts: list[int], store: Experts) -> tuple[list[int], Any]:
+    def bring(self, layer: int, wanted: list[int], store: Experts) -> tuple[list[int], Any]:
         """Places of a layer's experts, and an event behind their copies (None where copies are done).
 
         Raises:
             UserError: there are more of them than places.
         """
-        if len(experts) > self.held.size:
-            raise UserError(f"{self._room()}, and layer {layer} needs {self._megabytes(len(experts))} for these tokens")
-        places, new = self.held.use([(layer, expert) for expert in experts])
-        self.tally.uses += len(experts)
+        if len(wanted) > self.held.size:
+            raise UserError(f"{self._room()}, and layer {layer} needs {self._megabytes(len(wanted))} for these tokens")
+        places, new = self.held.use([(layer, expert) for expert in wanted])
+        self.tally.uses += len(wanted)
         self.tally.fetched += len(new)
-        copies = [(places[number], experts[number]) for number in new]
+        copies = [(places[number], wanted[number]) for number in new]
         if self.stream is None:
             self._copy(copies, store)
             return places, None
@@ -185,6 +186,7 @@ def offload(layers: "Mapping[int, MoELayer]", device: torch.device, budget: int,
         UserError: the budget is too small for one token.
     """
     for layer in layers.values():
+        layer.host, layer.fused, layer.experts.function = None, None, experts
         for weight in layer.experts.parameters():
             there = weight.data.to("cpu")
             weight.data = there.pin_memory() if device.type == "cuda" and not there.is_pinned() else there
@@ -192,5 +194,5 @@ def offload(layers: "Mapping[int, MoELayer]", device: torch.device, budget: int,
     places = Places(first.experts, first.num_experts * len(layers), first.options.top_k, budget, device)
     for index, layer in layers.items():
         layer.host = HostExperts(places, index, layer.experts, ahead)
-        layer.experts.function, layer.fused = layer.host, None
+        layer.experts.function = layer.host
     return places

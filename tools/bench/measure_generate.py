@@ -127,7 +127,7 @@ def measure(task: GenerateTask) -> dict[str, Any]:
         times = clock.measure(lambda i: system.prompts(ids), task.seconds)
         tokens = task.batch * task.prompt
     else:
-        times = _steps(system, ids, task, device)
+        times = step_times(lambda new: system.make(ids, new), task.new, task.seconds, device)
         tokens = task.batch
     if times.median <= 0:
         return row | {"error": f"{task.new} steps take less than the prompts' time varies by; raise --new or --seconds"}
@@ -135,26 +135,31 @@ def measure(task: GenerateTask) -> dict[str, Any]:
     return row | {"tokens_per_second": tokens / times.median * 1000}
 
 
-def _steps(system: Any, ids: Tensor, task: GenerateTask, device: torch.device) -> Times:
-    """Of one step: what `new` more tokens take beyond the first, which the prompts give."""
-    system.make(ids, 2)
+def step_times(make: Callable[[int], Any], new: int, seconds: float, device: torch.device) -> Times:
+    """Of one step: what `new` more tokens take beyond the first, which the prompts give. Collective.
+
+    Args:
+        make: generates so many tokens.
+        seconds: of repetitions.
+    """
+    make(2)
     found: list[float] = []
     started = time.monotonic()
     going = True
     while going:
-        first, all_of_them = (_timed(system, ids, new, device) for new in (1, 1 + task.new))
-        found.append((all_of_them - first) / task.new * 1000)
-        going = len(found) < 3 or _largest(time.monotonic() - started, device) < task.seconds
+        first, all_of_them = (_timed(make, count, device) for count in (1, 1 + new))
+        found.append((all_of_them - first) / new * 1000)
+        going = len(found) < 3 or _largest(time.monotonic() - started, device) < seconds
     return Times.of(found)
 
 
-def _timed(system: Any, ids: Tensor, new: int, device: torch.device) -> float:
+def _timed(make: Callable[[int], Any], count: int, device: torch.device) -> float:
     """Seconds of the slowest rank."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
     started = time.perf_counter()
-    system.make(ids, new)
+    make(count)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return _largest(time.perf_counter() - started, device)

@@ -72,6 +72,13 @@ STEP_SYSTEMS = ("ours", "autoep", "fsdp")
 GENERATE_SYSTEMS = ("ours", "autoep", "transformers")
 GENERATE_OPTIONS = {"dispatcher": ("dedup", "all_to_all"), "prune": ()}
 """Of our system of generation, and their values; prune takes a number."""
+RESIDENT, SINGLY, BLOCKING, AHEAD = "resident", "resident, expert by expert", "blocking", "ahead"
+OFFLOAD_MODES = {
+    RESIDENT: "all experts on the device, computed as `occult generate` does",
+    SINGLY: "all on the device, computed one after the other as in the next two",
+    BLOCKING: "in host memory, copied when they are computed",
+    AHEAD: "in host memory, copied as soon as tokens are routed",
+}
 CHECKED = (2, 48)
 """Sequences and tokens of each whose logits a system of generation must get right before it is measured."""
 
@@ -121,6 +128,28 @@ class GenerateTask:
     """Tokens of each."""
     new: int
     """Tokens made behind a prompt, one a step; 0 measures the prompts alone."""
+    seconds: float
+
+    @property
+    def stage(self) -> str:
+        """Words for it."""
+        return f"decode {self.batch}" if self.new else f"prefill {self.batch}x{self.prompt}"
+
+
+@dataclass(frozen=True)
+class OffloadTask:
+    """One mode at one stage of generation."""
+
+    mode: str
+    settings: tuple[str, ...]
+    """Of our Config, as typed."""
+    budget: int
+    """Bytes for experts on the device; 0 takes the usual."""
+    batch: int
+    prompt: int
+    """Tokens of each sequence."""
+    new: int
+    """Tokens made behind; 0 measures the prompts alone."""
     seconds: float
 
     @property
