@@ -2,6 +2,8 @@
 
 from setuptools import find_namespace_packages, setup
 
+EVALUATION = ["lm-eval==0.4.13", "accelerate>=1.10"]
+
 setup(
     name="occult_train",
     version="0.1.0",
@@ -30,7 +32,8 @@ setup(
         "ninja",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpich"],
+        "eval": EVALUATION,
+        "dev": [*EVALUATION, "pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpich"],
     },
     entry_points={"console_scripts": ["occult=occult_train.launcher.cli:main"]},
 )

@@ -1,5 +1,7 @@
 """A trained model in one process: from a checkpoint, without DeepSpeed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +20,10 @@ from occult_train.hub.source import HubModel, open_model
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.moe.choose import Shape, Wanted, candidates
+from occult_train.moe.offload import Places, offload, usual_budget
 from occult_train.moe.similarity import FILE_NAME, SimilarityTables
 from occult_train.parallel.grid import Grid
+from occult_train.parallel.zero import is_expert
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:
@@ -57,20 +61,65 @@ def fill_model(
     runtime: Runtime | None = None,
 ) -> GPT:
     """As `load_model`, from anything that holds the weights of such a model."""
-    with torch.device(device):
+    with torch.device(device), _default_dtype(dtype):
         model = GPT(config, runtime)
     logical = logical_tensors(model, model.runtime.grid)
     check_fits(checkpoint, logical, ("param",))
     for tensor in logical:
-        parts = [checkpoint.read(piece) for piece in tensor.pieces]
-        tensor.parameter.copy_(torch.stack(parts) if tensor.expert else parts[0])
+        targets = tensor.parameter if tensor.expert else [tensor.parameter]
+        for target, piece in zip(targets, tensor.pieces, strict=True):
+            target.copy_(checkpoint.read(piece))
     for index, layer in model.moe_layers().items():
         bias = checkpoint.state.get("expert_bias", {}).get(str(index))
         if bias is not None:
             layer.router.expert_bias.copy_(torch.tensor(bias))
-    for parameter in model.parameters():  # not model.to(dtype): the balancing bias stays fp32
-        parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters are made in this type; the balancing bias names its own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def offload_experts(model: GPT, device: torch.device, budget: int = 0, ahead: bool = True) -> Places:
+    """Move the model to the device, but for its routed experts; see moe/offload.
+
+    Args:
+        budget: bytes for experts on the device; 0 takes `usual_budget`.
+    """
+    layers = model.moe_layers()
+    places = offload(layers, device, budget or usual_budget(layers), ahead)
+    for parameter in model.parameters():
+        if not is_expert(parameter):
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return places
+
+
+def describe_offload(model: GPT, places: Places) -> str:
+    """What lies where, and what copies are hidden behind."""
+    total = sum(layer.num_experts for layer in model.moe_layers().values())
+    text = (
+        f"{total} experts ({total * places.expert_bytes / 1e9:,.2f} GB) in host memory, room for {places.held.size} "
+        f"({places.nbytes / 1e9:,.2f} GB) on the device; "
+    )
+    if window := model.config.scmoe.window:
+        return f"{text}tokens choose early, so copies run beside {', '.join(window)}"
+    return f"{text}tokens choose right before their experts are computed, so every copy is waited for"
+
+
+def describe_tally(places: Places) -> str:
+    """How many experts were copied."""
+    uses, fetched = places.tally.uses, places.tally.fetched
+    return f"{fetched:,} of {uses:,} uses of experts were copied ({fetched * places.expert_bytes / 1e9:,.2f} GB)"
 
 
 def alone(checkpoint: Checkpoint, config: Config) -> Runtime:

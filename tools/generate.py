@@ -1,5 +1,6 @@
 """`occult generate`: continue texts with a trained model, on one device or with its experts spread over ranks."""
 
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from occult_train.data.tokenizer import Tokenizer
 from occult_train.errors import DataError, UserError
 from occult_train.generation import Ending, OnToken, Sampling, generate
 from occult_train.inference import (
+    describe_offload,
+    describe_tally,
     fill_model,
     load_model,
     open_weights,
@@ -23,6 +26,9 @@ from occult_train.inference import (
     weights_config,
     weights_dtype,
     weights_tokenizer,
+)
+from occult_train.inference import (
+    offload_experts as offload_model,
 )
 from occult_train.launcher.plan import count_gpus
 from occult_train.parallel.grid import Grid
@@ -45,6 +51,10 @@ class Task:
     ranks: int
     stream: str = ""
     """A file to which rank 0 writes the tokens of the first prompt, a line each."""
+    offload: bool = False
+    """Keep the routed experts in host memory."""
+    budget: int = 0
+    """Bytes for experts on the device then; 0 is usual_budget."""
 
 
 def command(
@@ -59,6 +69,13 @@ def command(
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file, if not the model's.")] = "",
     ep: Annotated[int, typer.Option(help="Ranks over which the experts are spread, one GPU each.", min=1)] = 1,
     dispatcher: Annotated[str, typer.Option(help="With --ep: dedup or all_to_all.")] = "dedup",
+    offload_experts: Annotated[
+        bool, typer.Option("--offload-experts", help="Keep routed experts in host memory, on the device those in use.")
+    ] = False,
+    expert_budget: Annotated[
+        float,
+        typer.Option(help="GB for experts on the device then. Default: twice what a token uses, and a layer's.", min=0),
+    ] = 0.0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False,
 ) -> int:
     """Print each text and what the model makes of it: a single one as it arises, several when all are through."""
@@ -67,11 +84,21 @@ def command(
     cpu = cpu or not count_gpus()
     opened, texts = open_weights(model), _texts(prompt, prompts)
     _check_ranks(ep, dispatcher, weights_config(opened).num_experts, cpu)
+    _check_offload(offload_experts, expert_budget, ep)
     words = weights_tokenizer(opened, tokenizer)
-    starts = [words.encode(text) or [words.eod_id] for text in texts]
+    starts = [[*words.begin, *words.encode(text)] or [words.eod_id] for text in texts]
     sampling = Sampling(temperature, top_k, top_p, seed)
+    ending = Ending(length, words.eod_id, words.vocab_size)
+    budget = max(int(expert_budget * 1e9), 1) if expert_budget else 0
     task = Task(
-        model, starts, sampling, Ending(length, words.eod_id, words.vocab_size), dispatcher if ep > 1 else "local", ep
+        model,
+        starts,
+        sampling,
+        ending,
+        dispatcher if ep > 1 else "local",
+        ep,
+        offload=offload_experts,
+        budget=budget,
     )
     speaker = Speaker(words, texts[0], starts[0])
     single = len(texts) == 1
@@ -130,11 +157,23 @@ def _generate(task: Task, grid: Grid, device: torch.device, on_token: OnToken | 
     opened = open_weights(task.model)
     dtype = weights_dtype(opened) if device.type == "cuda" else torch.float32
     runtime = serving_runtime(opened, grid, task.dispatcher, device, dtype)
+    first = torch.device("cpu") if task.offload else device
     if isinstance(opened, Checkpoint):
-        model = load_model(opened, device, dtype, runtime)
+        model = load_model(opened, first, dtype, runtime)
     else:
-        model = fill_model(weights_config(opened), opened, device, dtype, runtime)
-    return generate(model, task.prompts, task.sampling, task.ending, on_token)
+        model = fill_model(weights_config(opened), opened, first, dtype, runtime)
+    if not task.offload:
+        return generate(model, task.prompts, task.sampling, task.ending, on_token)
+    places = offload_model(model, device, task.budget)
+    _say(describe_offload(model, places))
+    made = generate(model, task.prompts, task.sampling, task.ending, on_token)
+    _say(describe_tally(places))
+    return made
+
+
+def _say(line: str) -> None:
+    """Beside the text, which goes to standard output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _run(task: Task, on_token: OnToken | None, cpu: bool) -> list[list[int]]:
@@ -189,6 +228,13 @@ def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     if not lines:
         raise DataError(f"--prompts={prompts} holds no text")
     return [*(prompt or []), *lines]
+
+
+def _check_offload(offload: bool, budget: float, ep: int) -> None:
+    if budget and not offload:
+        raise UserError(f"--expert-budget={budget:g} needs --offload-experts")
+    if offload and ep > 1:
+        raise UserError(f"--offload-experts keeps all experts in one process, so --ep={ep} cannot spread them")
 
 
 def _check_ranks(ep: int, dispatcher: str, experts: int, cpu: bool) -> None:

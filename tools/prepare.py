@@ -47,7 +47,7 @@ class Options:
     min_bytes: int
     sample_bytes: int
     tokenizer_identity: str = field(default="", init=False)
-    """Of a given tokenizer: its hash and the id that ends documents."""
+    """Of a given tokenizer: its hash, the id that ends documents, and those that they begin with."""
 
     def __post_init__(self) -> None:
         if not self.sources and not self.stdlib:
@@ -56,7 +56,8 @@ class Options:
             raise DataError(f"--valid-fraction {self.valid_fraction} must be at least 0 and less than 1")
         if self.tokenizer:
             given = load_tokenizer(self.tokenizer, self.eod)
-            object.__setattr__(self, "tokenizer_identity", f"{given.fingerprint()} {given.eod_id}")
+            identity = " ".join(map(str, (given.fingerprint(), given.eod_id, *given.begin)))
+            object.__setattr__(self, "tokenizer_identity", identity)
 
     def fingerprint(self, found: Found) -> str:
         """Of all that the corpus depends on."""
@@ -143,6 +144,7 @@ def _make(
         eod=options.eod,
         text_key=options.text_key,
         min_bytes=options.min_bytes,
+        begin=tokenizer.begin,
     )
     parts = plan_parts(spans(found.files, part_bytes), settings, part_bytes)
     _follow(encode_parts(parts, settings, workers), parts, console)

@@ -3,11 +3,13 @@
 R received rows, M experts a row, L local experts, X expanded rows, H model width, F expert width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from occult_train.kernels.reindex.reference import expert_rows
+from occult_train.kernels.reindex.reference import RowIndex, expert_rows
 from occult_train.kernels.rows.autograd import gather, gather_sum
 
 
@@ -31,12 +33,27 @@ def experts(rows_RH: Tensor, ids_RM: Tensor, weights_RM: Tensor, w1: Tensor, w2:
     """
     _check(rows_RH, ids_RM, weights_RM, w1, w2, w3)
     index, entry_X, counts_L = expert_rows(ids_RM, w1.shape[0])
-    expanded_XH = gather(rows_RH, index)
+    matrices = list(zip(w1.unbind(), w2.unbind(), w3.unbind(), strict=True))
+    return apply_grouped(rows_RH, weights_RM, index, entry_X, counts_L.tolist(), matrices)
+
+
+def apply_grouped(
+    rows_RH: Tensor,
+    weights_RM: Tensor,
+    index: RowIndex,
+    entry_X: Tensor,
+    counts: list[int],
+    matrices: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> Tensor:
+    """As `experts`, of rows in the order that `expert_rows` gives.
+
+    Args:
+        counts: expanded rows of each expert.
+        matrices: w1, w2 and w3 of each expert.
+    """
     out = [
         F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-        for x, gate, down, up in zip(
-            expanded_XH.split(counts_L.tolist()), w1.unbind(), w2.unbind(), w3.unbind(), strict=True
-        )
+        for x, (gate, down, up) in zip(gather(rows_RH, index).split(counts), matrices, strict=True)
     ]
     wide = torch.promote_types(rows_RH.dtype, weights_RM.dtype)
     weight_X = weights_RM.reshape(-1)[entry_X]

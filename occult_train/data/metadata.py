@@ -53,6 +53,7 @@ def describe_tokens(merged: Merged, tokenizer: Tokenizer) -> dict[str, Any]:
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "tokenizer_sha256": tokenizer.fingerprint(),
         "eod_id": tokenizer.eod_id,
+        "begin_ids": list(tokenizer.begin),
         "train": _counts(train),
         "valid": _counts(valid),
         "bytes_per_token": (train.bytes + valid.bytes) / (train.tokens + valid.tokens),

@@ -47,6 +47,8 @@ class PartSettings:
     """The token of that id, where it was named."""
     text_key: str
     min_bytes: int
+    begin: tuple[int, ...] = ()
+    """Ids put before each document."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def encode_part(part: Part, settings: PartSettings) -> None:
                 content = text.encode()
                 hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
                 sizes.append(len(content))
-                writer.add([*tokenizer.encode(text), settings.eod_id])
+                writer.add([*settings.begin, *tokenizer.encode(text), settings.eod_id])
     known = _known(part, settings)
     partial = Path(f"{known}.partial")
     with open(partial, "wb") as file:

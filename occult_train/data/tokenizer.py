@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ class Tokenizer(Protocol):
     """Ids are 0 to vocab_size - 1."""
     eod_id: int
     """The id that ends a document in a corpus."""
+    begin: tuple[int, ...]
+    """Ids that a model of this tokenizer expects before a text: a token for its beginning (BOS), or none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens neither added nor read from it: "</s>" in the text is four characters."""
@@ -49,7 +52,8 @@ class SentencePieceTokenizer:
     it, do so here too.
 
     The end of a document is `eod` if given, else the eos_token of a tokenizer_config.json beside the model if that is
-    one of its pieces, else the model's own end-of-sequence piece.
+    one of its pieces, else the model's own end-of-sequence piece. A text begins with a token of its own only if that
+    tokenizer_config.json says so (add_bos_token).
 
     Raises:
         DataError: the bytes are no model, or it has no end-of-sequence piece and `eod` names none.
@@ -66,6 +70,8 @@ class SentencePieceTokenizer:
         self.eod_id: int = self._model.eos_id() if self._eod is None else self._find(self._eod, path)
         if self.eod_id < 0:
             raise DataError(f"{path} has no end-of-sequence piece; name the piece that ends documents (--eod)")
+        self._bos = _declared_bos(_read_config(Path(path).with_name(CONFIG)))
+        self.begin: tuple[int, ...] = (self._find(self._bos, path),) if self._bos else ()
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         exact = all(map(self._model.is_byte, mark)) and self._model.normalize("a  ") == f"a{2 * SPACE_MARK}"
         self._mark: list[int] | None = mark if exact else None
@@ -90,9 +96,14 @@ class SentencePieceTokenizer:
         return hashlib.sha256(self._bytes).hexdigest()
 
     def save(self, folder: Path) -> Path:
-        """Write `tokenizer.model`, and `tokenizer_config.json` where the end of a document is not the model's own."""
+        """Write `tokenizer.model`, and `tokenizer_config.json` with what of begin and end is not the model's own."""
+        config: dict[str, Any] = {}
         if self._eod is not None and self.eod_id != self._model.eos_id():
-            _replace(folder / CONFIG, json.dumps({"eos_token": self._eod}, ensure_ascii=False).encode())
+            config["eos_token"] = self._eod
+        if self._bos:
+            config |= {"add_bos_token": True, "bos_token": self._bos}
+        if config:
+            _replace(folder / CONFIG, json.dumps(config, ensure_ascii=False).encode())
         path = folder / "tokenizer.model"
         _replace(path, self._bytes)
         return path
@@ -109,16 +120,16 @@ class SentencePieceTokenizer:
             "tokenizer_class": "LlamaTokenizer",
             "legacy": False,
             "add_prefix_space": False,
-            "add_bos_token": False,
+            "add_bos_token": bool(self._bos),
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "unk_token": self._model.id_to_piece(self._model.unk_id()),
-            "bos_token": None,
+            "bos_token": self._bos,
             "eos_token": self._model.id_to_piece(self.eod_id),
         }
 
     def _usual_eod(self, path: Path) -> str | None:
-        named = _eos_token(_read_config(path.with_name(CONFIG)))
+        named = _token(_read_config(path.with_name(CONFIG)), "eos_token")
         return named if named and self._has(named) else None
 
     def _has(self, piece: str) -> bool:
@@ -134,7 +145,9 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`. What round-trips is up to its own normaliser and decoder.
 
     The end of a document is `eod` if given, else the eos_token of the tokenizer_config.json beside it, else the first
-    of <|endoftext|>, </s>, <eos> and <|end_of_text|> that is a special token of it.
+    of <|endoftext|>, </s>, <eos> and <|end_of_text|> that is a special token of it. What a text begins with is the
+    bos_token if that file says add_bos_token (DeepSeek's does, its tokenizer.json does not), nothing if
+    it says the contrary, else what the tokenizer.json itself puts there (Mixtral's, Llama's).
 
     Raises:
         DataError: the file is no tokenizer, or nothing says which token ends a document.
@@ -157,6 +170,7 @@ class HuggingFaceTokenizer:
         if found is None:
             raise DataError(f"{path} has no token {self._eod!r}, which is to end documents")
         self.eod_id: int = found
+        self.begin: tuple[int, ...] = self._beginning(path)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -179,8 +193,19 @@ class HuggingFaceTokenizer:
         _replace(path, self._bytes)
         return path
 
+    def _beginning(self, path: Path) -> tuple[int, ...]:
+        if not isinstance(self._config.get("add_bos_token"), bool):
+            whole = self._tokenizer.encode("a", add_special_tokens=True)
+            special = takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True))
+            return tuple(token for token, _ in special)
+        bos = _declared_bos(self._config)
+        found = None if bos is None else self._tokenizer.token_to_id(bos)
+        if bos is not None and found is None:
+            raise DataError(f"{path} has no token {bos!r}, with which {self._config_path.name} lets texts begin")
+        return () if found is None else (found,)
+
     def _usual_eod(self, path: Path) -> str:
-        named = _eos_token(self._config)
+        named = _token(self._config, "eos_token")
         if named:
             return named
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -249,9 +274,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _eos_token(config: dict[str, Any]) -> str | None:
-    """The eos_token of a tokenizer_config.json, which is a text or an object that holds it."""
-    named = config.get("eos_token")
+def _declared_bos(config: dict[str, Any]) -> str | None:
+    """The bos_token of a tokenizer_config.json that says that texts begin with it."""
+    return _token(config, "bos_token") if config.get("add_bos_token") is True else None
+
+
+def _token(config: dict[str, Any], name: str) -> str | None:
+    """A token that a tokenizer_config.json names, by a text or an object that holds it."""
+    named = config.get(name)
     if isinstance(named, dict):
         named = named.get("content")
     return named if isinstance(named, str) else None

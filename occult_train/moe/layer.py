@@ -16,6 +16,7 @@ from occult_train.moe.experts import Experts
 from occult_train.moe.flight import Flight, FusedFlight, PlainFlight
 from occult_train.moe.fused import FusedExperts, Way
 from occult_train.moe.losses import LayerRouting
+from occult_train.moe.offload import HostExperts
 from occult_train.moe.placement import Placement
 from occult_train.moe.pruning import Pruner
 from occult_train.moe.router import Router
@@ -99,6 +100,8 @@ class MoELayer(ExpertParallelLayer):
         self.logit_products: LogitProducts | None = None
         """Accumulates router logits while it is there."""
         self.pruner = pruner
+        self.host: HostExperts | None = None
+        """Computes the experts while they are in host memory; see moe/offload."""
         self.tag(self.experts)
 
     def forward(self, x: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
@@ -128,7 +131,10 @@ class MoELayer(ExpertParallelLayer):
         routing = self.router.choose(logits_TE, pruning)
         sequences = self._sequence_loss(logits_TE, routing, x.shape[0]) if self.options.sequence_losses else None
         losses = LayerRouting(routing.mean_prob_E, routing.z, routing.counts_E, sequences)
-        return Chosen(x_TH, self._place(routing), routing.weights_TK, losses)
+        slots_TK = self._place(routing)
+        if self.host is not None:
+            self.host.announce(slots_TK)
+        return Chosen(x_TH, slots_TK, routing.weights_TK, losses)
 
     def apply_experts(self, chosen: Chosen) -> Tensor:
         """Steps 3 to 5 one after the other, [T, H]."""

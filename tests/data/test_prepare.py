@@ -78,6 +78,22 @@ def test_every_document_is_on_one_side_and_whole(source: Path, tmp_path: Path) -
     assert metadata["bytes_per_token"] == pytest.approx(total_bytes / total_tokens)
 
 
+def test_documents_begin_as_the_tokenizer_says(
+    source: Path, tmp_path: Path, write_hugging_face: Callable[..., Path]
+) -> None:
+    """And another beginning makes another corpus."""
+    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = write_hugging_face(tmp_path / "model", ["<s>", "</s>"], config)
+    make(source, tmp_path / "corpus", tokenizer=str(tokenizer), valid_fraction=0.2)
+    words, reader = load_tokenizer(tmp_path / "corpus"), IndexedReader(tmp_path / "corpus/train")
+    documents = [reader.document(number).tolist() for number in range(len(reader))]
+    assert all((ids[0], ids[-1], ids.count(0), ids.count(1)) == (0, 1, 1, 1) for ids in documents)
+    assert {words.decode(ids[1:-1]) for ids in documents} < set(DOCUMENTS)
+    (tokenizer.parent / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    with pytest.raises(DataError, match="holds a corpus of other text or settings"):
+        make(source, tmp_path / "corpus", tokenizer=str(tokenizer), valid_fraction=0.2)
+
+
 def test_entropies_are_those_of_the_definition(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "corpus"
     entropies = make(source, output, valid_fraction=0.2)["unigram_entropy"]

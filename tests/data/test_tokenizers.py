@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from occult_train.data import tokenizer as module
 from occult_train.data.sentencepiece_training import train_sentencepiece
@@ -188,6 +190,65 @@ def test_the_end_of_a_document_is_found(
     loaded = load_tokenizer(path)
     assert loaded.eod_id == special.index(eod)
     assert load_tokenizer(tmp_path, eod=special[0]).eod_id == 0
+
+
+MIXTRAL = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+DEEPSEEK = {"add_bos_token": True, "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    "config, template, begin",
+    [
+        (MIXTRAL, "<s> $A", (1,)),
+        ({"eos_token": "</s>"}, "<s> $A", (1,)),  # Llama 3: the file alone says so
+        (DEEPSEEK, None, (1,)),
+        ({"add_bos_token": False, "bos_token": None, "eos_token": "</s>"}, None, ()),  # OLMoE, Qwen
+        ({"add_bos_token": False, "bos_token": "<s>", "eos_token": "</s>"}, "<s> $A", ()),
+        ({"eos_token": "</s>"}, "$A </s>", ()),
+        ({"eos_token": "</s>"}, "<s> <pad> $A </s>", (1, 0)),
+    ],
+)
+def test_texts_begin_as_the_family_s_do(
+    config: dict[str, object],
+    template: str | None,
+    begin: tuple[int, ...],
+    tmp_path: Path,
+    write_hugging_face: WriteHuggingFace,
+) -> None:
+    path = write_hugging_face(tmp_path, ["<pad>", "<s>", "</s>"], config)
+    if template is not None:
+        made = tokenizers.Tokenizer.from_file(str(path))
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+        )
+        made.save(str(path))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.begin == begin
+    assert not set(loaded.encode("word")) & {0, 1, 2}, "begin comes apart from the text"
+    (tmp_path / "to").mkdir()
+    loaded.save(tmp_path / "to")
+    assert load_tokenizer(tmp_path / "to").begin == begin
+    if template == "<s> $A" and begin:
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs("two words")["input_ids"] == [*begin, *loaded.encode("two words")]
+
+
+def test_a_begin_that_is_no_token_is_refused(tmp_path: Path, write_hugging_face: WriteHuggingFace) -> None:
+    path = write_hugging_face(tmp_path, ["</s>"], MIXTRAL)
+    with pytest.raises(DataError, match=r"has no token '<s>', with which tokenizer_config.json lets texts begin"):
+        load_tokenizer(path)
+
+
+def test_texts_of_sentencepiece_models_begin_as_the_file_beside_them_says(
+    trained: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    assert trained.begin == ()
+    path = trained.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(MIXTRAL))
+    loaded = load_tokenizer(path)
+    assert (loaded.begin, loaded.encode("word")) == ((1,), trained.encode("word"))
+    (tmp_path / "to").mkdir()
+    assert load_tokenizer(loaded.save(tmp_path / "to")).begin == (1,)
 
 
 def test_special_tokens_within_a_text_are_text(tmp_path: Path, write_hugging_face: WriteHuggingFace) -> None:

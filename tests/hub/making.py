@@ -144,16 +144,24 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def add_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 257 ids, as the hub's models have them, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def add_tokenizer(folder: Path, begins: bool = False) -> None:
+    """A byte-level tokenizer of 257 ids, as the hub's models have them, with a chat template.
+
+    Args:
+        begins: texts begin with its one special token, as Mixtral's do.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    end = "<|endoftext|>"
+    tokenizer.add_special_tokens([end])
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 256)])
+        config |= {"add_bos_token": True, "bos_token": end}
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")

@@ -10,6 +10,7 @@ import transformers
 
 from occult_train.generation import Ending, Sampling, generate
 from occult_train.hub.source import open_model
+from occult_train.inference import fill_model
 from occult_train.launcher import cli
 from occult_train.models.cache import KVCache
 from occult_train.tools.import_ import import_model
@@ -81,6 +82,56 @@ def test_folder_run_and_ranks_say_the_same(
     assert occult(["run", "--prompts", "prompts.txt", "--ep", "2", *common], monkeypatch, capfd)[1] == batch
 
 
+def test_experts_in_host_memory_make_the_same_text(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """12 experts a layer of 11,520 bytes each, 3 layers; what is said of it does not mix with the text."""
+    monkeypatch.chdir(model)
+    prompt = ["--prompt", "def main", "--length", "15", "--seed", "3"]
+    code, text, err = occult(["hf", *prompt], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    code, same, err = occult(["run", *prompt, "--offload-experts", "--expert-budget", "0.00015"], monkeypatch, capfd)
+    assert (code, same) == (0, text), err
+    first, last = err.splitlines()
+    assert first.startswith("36 experts (0.00 GB) in host memory, room for 13 (0.00 GB) on the device; tokens choose")
+    assert first.endswith("so every copy is waited for")
+    fetched, uses = (int(last.split(" of ")[i].split()[0]) for i in (0, 1))
+    assert 0 < fetched <= uses
+    small = ["hf", *prompt, "--offload-experts", "--expert-budget", "0.00003"]
+    message = "--expert-budget=3e-05 has room for 2 experts (0.0 MB), and a token needs 3 experts (0.0 MB) in a layer"
+    assert occult(small, monkeypatch, capfd) == (2, "", f"error: {message}\n")
+
+
+def test_half_precision_is_filled_as_it_is_rounded(model: Path) -> None:
+    opened = open_model(model / "hf")
+    whole = fill_model(opened.config.model, opened).state_dict()
+    half = fill_model(opened.config.model, opened, dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert {layer.router.expert_bias.dtype for layer in half.moe_layers().values()} == {torch.float32}
+    assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.state_dict().items())
+
+
+def test_a_prompt_begins_as_the_family_s_tokenizer_lets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Mixtral's puts a token before each text: what comes of it is what transformers makes of its tokenizer's ids."""
+    making.make("mixtral", tmp_path)
+    making.add_tokenizer(tmp_path, begins=True)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    ids = words("def main", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == words.bos_token_id
+    theirs = [
+        reference.generate(start, max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)[0].tolist()
+        for start in (ids, ids[:, 1:])
+    ]
+    assert theirs[0][ids.shape[1] :] != theirs[1][ids.shape[1] - 1 :], "it matters"
+    command = [str(tmp_path), "--prompt", "def main", "--temperature", "0", "--length", str(LENGTH)]
+    code, text, err = occult(command, monkeypatch, capfd)
+    assert (code, text) == (0, words.decode(theirs[0][1:]) + "\n"), err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -89,6 +140,11 @@ def test_folder_run_and_ranks_say_the_same(
         ("hf --prompts none.txt", "--prompts=none.txt holds no text"),
         ("hf --ep 5", "--ep=5 does not divide the model's 12 experts"),
         ("hf --ep 2 --dispatcher dedupe", "--dispatcher=dedupe is not one of dedup, all_to_all"),
+        ("hf --expert-budget 1", "--expert-budget=1 needs --offload-experts"),
+        (
+            "hf --ep 2 --offload-experts",
+            "--offload-experts keeps all experts in one process, so --ep=2 cannot spread them",
+        ),
         ("nowhere", "checkpoint nowhere does not exist"),
     ],
 )

@@ -4,6 +4,7 @@ import typer
 
 from occult_train.tools.bench.generate_command import generate
 from occult_train.tools.bench.layer_command import layer
+from occult_train.tools.bench.offload_command import offload
 from occult_train.tools.bench.step_command import step
 
 app = typer.Typer(
@@ -14,3 +15,4 @@ app = typer.Typer(
 app.command("layer")(layer)
 app.command("step")(step)
 app.command("generate")(generate)
+app.command("offload")(offload)

@@ -11,7 +11,7 @@ from occult_train.errors import UserError
 from occult_train.tools.bench.layer_command import base_failed, brief, count_ranks, counts, nccl_environment, split
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
-from occult_train.tools.bench.shapes import CHECKED, GENERATE_SYSTEMS, GenerateTask, parse_shape, parse_system
+from occult_train.tools.bench.shapes import CHECKED, GenerateTask, check_generation, parse_shape
 from occult_train.tools.bench.step_command import step_settings
 
 GENERATE_COLUMNS = (
@@ -34,8 +34,9 @@ def generate(
     system: Annotated[
         str,
         typer.Option(
-            help="ours (ours:dispatcher=all_to_all sends K copies), autoep (options after a colon), transformers (the "
-            "whole model on each rank). The others are compared with the first."
+            help="ours (ours:dispatcher=all_to_all sends K copies, ours:prune=M lets a token use M ranks), autoep "
+            "(options after a colon), transformers (the whole model on each rank). The others are compared with the "
+            "first."
         ),
     ] = "ours autoep transformers",
     prefill: Annotated[int, typer.Option(help="Prompt tokens of a rank; 0 leaves that out.", min=0)] = 16384,
@@ -55,11 +56,11 @@ def generate(
 ) -> int:
     """Compare generation: prompts, and steps of one token behind them (greedy, cached). Lists are split at blanks."""
     names = split(system)
-    for name in names:
-        parse_system(name, GENERATE_SYSTEMS)
     if prefill % sequence:
         raise UserError(f"--prefill={prefill} is not a multiple of --sequence={sequence}")
     ranks, experts = count_ranks(ep, cpu), parse_shape(shape)
+    for name in names:
+        check_generation(name, experts, ranks)
     settings = tuple(step_settings(experts, layers, max(sequence, context + new, CHECKED[1]) + 1, 1, vocabulary, ranks))
     stages = [(prefill // sequence, sequence, 0)] if prefill else []
     stages += [(batch, context, new) for batch in counts("--decode", decode)]

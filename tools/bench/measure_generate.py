@@ -18,7 +18,14 @@ from occult_train.models.init import init_weights
 from occult_train.moe.choose import Shape, Wanted, candidates
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench.peers import convert_to_autoep
-from occult_train.tools.bench.shapes import CHECKED, GENERATE_SYSTEMS, GenerateTask, parse_system, read_value
+from occult_train.tools.bench.shapes import (
+    CHECKED,
+    GENERATE_SYSTEMS,
+    GenerateTask,
+    parse_system,
+    pruning,
+    read_value,
+)
 from occult_train.tools.bench.step_systems import hub_model
 from occult_train.tools.bench.timing import Clock, Times
 
@@ -28,17 +35,19 @@ good as equal swap places now and then."""
 
 
 class Ours:
-    """Our model and `generate`; `dispatcher` is dedup (kernels on a GPU) or all_to_all (K copies, plain torch)."""
+    """Our model and `generate`; `dispatcher` is dedup (kernels on a GPU) or all_to_all (K copies, plain torch), and
+    `prune` keeps each token's experts on so many ranks."""
 
     def __init__(self, config: Config, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         self.grid = Grid.create(config.parallel.expert)
-        name = options.pop("dispatcher", "dedup") if self.grid.expert_size > 1 else "local"
+        name = options.get("dispatcher", "dedup") if self.grid.expert_size > 1 else "local"
         way = None
         if device.type == "cuda" and name != "all_to_all":
             m = config.model
             shape = Shape(m.hidden_size, m.intermediate_size, m.num_experts, m.num_experts_per_tok, 1, dtype)
             way = candidates(shape, self.grid, Wanted(transport="collective", overlap="none"))[0]
-        self.model = our_model(config, Runtime(grid=self.grid, dispatcher=name, way=way), device, dtype)
+        runtime = Runtime(grid=self.grid, dispatcher=name, way=way, prune=pruning(options, config.parallel.expert))
+        self.model = our_model(config, runtime, device, dtype)
 
     def prompts(self, ids_BS: Tensor) -> Tensor:
         """Logits [B, V] behind the prompts, whose keys and values are kept for steps to come. Collective."""
@@ -118,32 +127,39 @@ def measure(task: GenerateTask) -> dict[str, Any]:
         times = clock.measure(lambda i: system.prompts(ids), task.seconds)
         tokens = task.batch * task.prompt
     else:
-        times = _steps(system, ids, task, device)
+        times = step_times(lambda new: system.make(ids, new), task.new, task.seconds, device)
         tokens = task.batch
+    if times.median <= 0:
+        return row | {"error": f"{task.new} steps take less than the prompts' time varies by; raise --new or --seconds"}
     row |= {"ms": times.median, "p10": times.p10, "p90": times.p90, "repetitions": times.repetitions}
     return row | {"tokens_per_second": tokens / times.median * 1000}
 
 
-def _steps(system: Any, ids: Tensor, task: GenerateTask, device: torch.device) -> Times:
-    """Of one step: what `new` more tokens take beyond the first, which the prompts give."""
-    system.make(ids, 2)
+def step_times(make: Callable[[int], Any], new: int, seconds: float, device: torch.device) -> Times:
+    """Of one step: what `new` more tokens take beyond the first, which the prompts give. Collective.
+
+    Args:
+        make: generates so many tokens.
+        seconds: of repetitions.
+    """
+    make(2)
     found: list[float] = []
     started = time.monotonic()
     going = True
     while going:
-        first, all_of_them = (_timed(system, ids, new, device) for new in (1, 1 + task.new))
-        found.append((all_of_them - first) / task.new * 1000)
-        going = len(found) < 3 or _largest(time.monotonic() - started, device) < task.seconds
+        first, all_of_them = (_timed(make, count, device) for count in (1, 1 + new))
+        found.append((all_of_them - first) / new * 1000)
+        going = len(found) < 3 or _largest(time.monotonic() - started, device) < seconds
     return Times.of(found)
 
 
-def _timed(system: Any, ids: Tensor, new: int, device: torch.device) -> float:
+def _timed(make: Callable[[int], Any], count: int, device: torch.device) -> float:
     """Seconds of the slowest rank."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
     started = time.perf_counter()
-    system.make(ids, new)
+    make(count)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return _largest(time.perf_counter() - started, device)
@@ -153,10 +169,12 @@ def _system(name: str, config: Config, device: torch.device, dtype: torch.dtype)
     """The system of this process, and how far its logits are off on the worst rank. One system at a time."""
     if name not in _kept:
         _kept.clear()
-        kind, options = parse_system(name, GENERATE_SYSTEMS)
+        kind, given = parse_system(name, GENERATE_SYSTEMS)
+        options = {key: read_value(value) for key, value in given.items()}
         ids = _tokens(config, device, CHECKED)
-        expected = our_model(config, Runtime(), device, dtype)(ids)[:, -1].float()
-        system = SYSTEMS[kind](config, {key: read_value(value) for key, value in options.items()}, device, dtype)
+        plain = Runtime(prune=pruning(options, config.parallel.expert) if kind == "ours" else None)
+        expected = our_model(config, plain, device, dtype)(ids)[:, -1].float()
+        system = SYSTEMS[kind](config, options, device, dtype)
         got = system.prompts(ids).float()
         _kept[name] = (system, _largest(float((got - expected).norm() / expected.norm()), device))
     return _kept[name]

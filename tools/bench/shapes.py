@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from occult_train.errors import UserError
+from occult_train.moe.pruning import PruneConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ def parse_routing(text: str) -> float:
 LAYER_SYSTEMS = ("ours", "ours-reference", "torch", "autoep", "deepspeed-moe", "scattermoe", "megablocks")
 STEP_SYSTEMS = ("ours", "autoep", "fsdp")
 GENERATE_SYSTEMS = ("ours", "autoep", "transformers")
+GENERATE_OPTIONS = {"dispatcher": ("dedup", "all_to_all"), "prune": ()}
+"""Of our system of generation, and their values; prune takes a number."""
+RESIDENT, SINGLY, BLOCKING, AHEAD = "resident", "resident, expert by expert", "blocking", "ahead"
+OFFLOAD_MODES = {
+    RESIDENT: "all experts on the device, computed as `occult generate` does",
+    SINGLY: "all on the device, computed one after the other as in the next two",
+    BLOCKING: "in host memory, copied when they are computed",
+    AHEAD: "in host memory, copied as soon as tokens are routed",
+}
 CHECKED = (2, 48)
 """Sequences and tokens of each whose logits a system of generation must get right before it is measured."""
 
@@ -125,6 +136,28 @@ class GenerateTask:
         return f"decode {self.batch}" if self.new else f"prefill {self.batch}x{self.prompt}"
 
 
+@dataclass(frozen=True)
+class OffloadTask:
+    """One mode at one stage of generation."""
+
+    mode: str
+    settings: tuple[str, ...]
+    """Of our Config, as typed."""
+    budget: int
+    """Bytes for experts on the device; 0 takes the usual."""
+    batch: int
+    prompt: int
+    """Tokens of each sequence."""
+    new: int
+    """Tokens made behind; 0 measures the prompts alone."""
+    seconds: float
+
+    @property
+    def stage(self) -> str:
+        """Words for it."""
+        return f"decode {self.batch}" if self.new else f"prefill {self.batch}x{self.prompt}"
+
+
 def read_value(text: str) -> bool | int | str:
     """What an option's value means: true and false, whole numbers, else the text itself."""
     if text in ("true", "false"):
@@ -148,3 +181,25 @@ def parse_system(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]
             raise UserError(f"system {text!r}: option {option!r} is not NAME=VALUE")
         options[key] = value
     return name, options
+
+
+def pruning(options: dict[str, Any], ranks: int) -> PruneConfig | None:
+    """What the option `prune` means: m of the ranks, by score; None without it."""
+    return PruneConfig("router", options["prune"], ranks) if "prune" in options else None
+
+
+def check_generation(system: str, shape: Shape, ranks: int) -> None:
+    """Raise UserError for a system of generation that is unknown, or has options that it cannot have."""
+    name, options = parse_system(system, GENERATE_SYSTEMS)
+    if name != "ours":
+        return
+    for key, value in options.items():
+        if key not in GENERATE_OPTIONS:
+            raise UserError(f"system {system!r} has no option {key}, only {', '.join(GENERATE_OPTIONS)}")
+        if not (value in GENERATE_OPTIONS[key] or (key == "prune" and value.isdecimal())):
+            raise UserError(
+                f"system {system!r}: {key}={value} is not {' or '.join(GENERATE_OPTIONS[key]) or 'a number'}"
+            )
+    wanted = pruning({key: read_value(value) for key, value in options.items()}, ranks)
+    if wanted is not None:
+        wanted.validate(shape.experts, shape.top_k, [0], ranks)
