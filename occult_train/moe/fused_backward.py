@@ -112,6 +112,7 @@ class Backward:
         if segment.own and self.early is not None:
             assert self.early.weight_X is not None
             dy_sources, weight_X = dy_sources[1:], self.early.weight_X
+            self.early = None  # it holds the rows' memory
         steps.expand(dy_sources, segment, rows_XH, weight_X)
         grad = steps.matmul.nn(rows_XH, self.w2, steps.routes.layout.relative_GL[g])
         weighted = grad if self.weighted_XF is None else self.weighted_XF[here]

@@ -1,5 +1,6 @@
 """What the fused layer keeps, what it skips, and how it gets on with the rest of torch."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from occult_train.moe import fused
 from occult_train.moe.fused import FusedExperts, Way
+from occult_train.moe.fused_backward import Backward
 from occult_train.moe.fused_forward import Forward
 from occult_train.moe.routes import Routes
 from occult_train.parallel.grid import Grid
@@ -60,6 +62,26 @@ def test_backward_keeps_what_is_documented() -> None:
     for rank, found in enumerate(run_distributed(rank_measures, 2, cases)):
         for case, (kept, formula) in zip(cases, found, strict=True):
             assert kept == formula, (rank, case)
+
+
+def test_memory_of_rows_is_free_before_the_last_weight_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expanded dy, of which nothing but x's expanded rows may live beside the gradients of w1 and w3."""
+    rows: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    class Spy(Backward):
+        def begin(self) -> None:
+            super().begin()
+            assert self.rows_XH is not None
+            rows.append(weakref.ref(self.rows_XH))
+
+        def _gate_up_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+            alive.append(rows[0]() is not None)
+            return super()._gate_up_gradients()
+
+    monkeypatch.setattr(fused, "Backward", Spy)
+    Run(layer_of(ONE), ONE, 0).backward()
+    assert alive == [False]
 
 
 def test_without_grad_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
