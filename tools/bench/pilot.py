@@ -65,19 +65,15 @@ def choices(task: Task, devices: int, rank: int) -> Tensor:
     if task.name != "forced":
         return natural(task.experts, task.top_k, task.tokens, devices, seed=100 + rank)
     generator = torch.Generator().manual_seed(rank)
-    local = task.experts // devices
+    tokens, local = task.tokens, task.experts // devices
     low = int(task.devices_a_token)
-    more = round(task.tokens * (task.devices_a_token - low))
-    rows = []
-    for token in range(task.tokens):
-        wanted = low + (token < more)
-        opened = torch.randperm(devices, generator=generator)[:wanted]
-        # one expert on each opened device, the others anywhere on them
-        ids_WL = opened[:, None] * local + torch.rand(wanted, local, generator=generator).argsort(dim=1)
-        others = ids_WL[:, 1:].flatten()
-        picks = torch.randperm(others.numel(), generator=generator)[: task.top_k - wanted]
-        rows.append(torch.cat((ids_WL[:, 0], others[picks])))
-    return torch.stack(rows)
+    wanted_T = low + (torch.arange(tokens) < round(tokens * (task.devices_a_token - low)))
+    rank_TD = torch.rand(tokens, devices, generator=generator).argsort(dim=1)
+    score_TDL = torch.rand(tokens, devices, local, generator=generator)
+    # on each device that a token opens its best expert first, then any there
+    score_TDL += score_TDL == score_TDL.amax(dim=2, keepdim=True)
+    score_TDL[rank_TD >= wanted_T[:, None]] = -1.0
+    return score_TDL.flatten(1).topk(task.top_k).indices
 
 
 def natural(experts: int, top_k: int, tokens: int, devices: int, seed: int) -> Tensor:
@@ -116,7 +112,7 @@ def _layer(task: Task, grid: Grid, device: torch.device) -> MoELayer:
     dtype, wide = (torch.bfloat16, task.hidden // 2) if gpu else (torch.float32, 16)
     sizes = (task.hidden, wide, task.experts, task.top_k)
     # the plain transport of NCCL: others are made to hide what is measured here
-    wanted = Wanted(transport="collective", overlap="none")
+    wanted = Wanted(matmul="library", transport="collective", overlap="none")
     way = choose(Shape(*sizes, task.tokens, dtype), grid, wanted)[0] if gpu else None
     options = MoEOptions(*sizes, dispatcher="dedup", way=way)
     torch.manual_seed(0)
