@@ -19,8 +19,8 @@ ONE_SIDED = re.compile(r"^_(pack|merge|share)_kernel")
 """Kernels of ours that write into other GPUs' memory, where the symmetric transport is used."""
 MARK = re.compile(r"spin_kernel")
 """What `torch.cuda._sleep` runs."""
-MARK_CYCLES = 2_000_000
-"""About a millisecond, in which the host runs ahead as it does in training."""
+MARK_CYCLES = 4_000_000
+"""About two milliseconds, in which the host runs ahead as it does in training."""
 SAME_EXCHANGE = 100.0
 """Microseconds between two communications that belong together: copies of one exchange, which waits for its peer."""
 
