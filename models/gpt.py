@@ -149,11 +149,12 @@ class GPT(nn.Module):
             logits [B, S, V], or a scalar: mean cross-entropy in nats, and in training the weighted balancing losses.
         """
         at = positions(self.config, input_ids, document_ids)
-        h, routings = self._run_blocks(self.embed_tokens(input_ids), at)
+        h, routings = self.run_blocks(self.embed_tokens(input_ids), at)
         logits = self.lm_head(self.norm(h))
         return logits if labels is None else self._loss(logits, labels, routings)
 
-    def _run_blocks(self, h: Tensor, at: Positions, cache: KVCache | None = None) -> tuple[Tensor, list[LayerRouting]]:
+    def run_blocks(self, h: Tensor, at: Positions, cache: KVCache | None = None) -> tuple[Tensor, list[LayerRouting]]:
+        """All blocks on hidden states [B, S, H], and the routings of those with experts."""
         routings = []
         for i, first, block in self._units():
             earlier, extend = (None if cache is None else partial(cache.extend, layer) for layer in (i - 1, i))
@@ -210,7 +211,7 @@ class GPT(nn.Module):
             last: only those of the last position, [B, 1, V]; else [B, S, V].
         """
         at = cache.positions(input_ids)
-        h, _ = self._run_blocks(self.embed_tokens(input_ids), at, cache)
+        h, _ = self.run_blocks(self.embed_tokens(input_ids), at, cache)
         cache.advance(input_ids.shape[1])
         return self.lm_head(self.norm(h[:, -1:] if last else h))
 

@@ -21,8 +21,8 @@ class Flight(Protocol):
     collective. Backward runs through the same stages from behind."""
 
     def send(self) -> None:
-        """What dispatch leaves undone until the host knows how many rows there are. Something else should have been
-        launched since the beginning, as the host waits here."""
+        """What dispatch leaves undone for the host's sake, which waits here until it knows how many rows there are:
+        something else should have been launched since the beginning."""
         ...
 
     def compute(self) -> None:

@@ -91,6 +91,8 @@ class Backward:
         if self.rows_XH is not None:
             self._down_gradient()
         dw1, dw3 = self._gate_up_gradients()
+        self.arrived.clear()
+        del self.both_X2F, self.dy, self.w1, self.w2, self.w3  # step 6 needs none of it, and may be far off
         return dw1, self.dw2, dw3
 
     def _activations(self, g: int, segment: Segment) -> Tensor:

@@ -28,6 +28,7 @@ class Stages:
 
     steps: Steps
     kept: list[Tensor] | None
+    _inputs: tuple[Tensor, ...]
 
     def __init__(
         self, layer: "FusedExperts", keep: bool, chunks: int, stamp: Callable[[str], None] | None = None
@@ -40,20 +41,19 @@ class Stages:
         self.backward: Backward | None = None
 
     def begin(self, x: Tensor, weights: Tensor, slots: Tensor) -> None:
-        """Dispatch, as far as it goes without knowing numbers of rows."""
+        """Say what is to be dispatched; `send` does it, so that the device has other work before the host has."""
+        self._inputs, self._start = (x, weights, slots), self.lane.mark()
+
+    def send(self) -> None:
+        """Dispatch, after what came before `begin` and beside what came since. The host waits for the counts."""
+        (x, weights, slots), self._inputs = self._inputs, ()
         layer, transport = self.layer, self.layer.transport
-        with self.lane.aside():
+        with self.lane.aside(slots, after=self._start):
             routes = find_routes(
                 slots, layer.grid, layer.num_experts, self.chunks, None, transport.gather, layer.to_host
             )
             self.forward = Forward(layer, routes, x, weights, (), self.keep, self.lane)
             self.forward.begin()
-
-    def send(self) -> None:
-        """The rest of it. The host waits for the counts, so something else should have been launched before; on the
-        lane, so that the rows do not wait for that."""
-        assert self.forward is not None
-        with self.lane.aside(wait=False):
             self.forward.send()
 
     def land(self) -> None:

@@ -1,15 +1,16 @@
 """Where rows are packed, sent and merged: on the computing stream, or on one of their own beside it.
 
-Memory is safe without `record_stream` by three rules. What the computing stream made and the other reads (`aside`'s
+Memory is safe without `record_stream` by these rules. What the computing stream made and the other reads (`aside`'s
 `held`, and what an exchange holds) is held until the computing stream has waited for the other (`join`). What the
 other made and the computing stream reads may be freed at once: it is made anew only within `aside`, which begins by
-waiting for all that the computing stream was given. `aside(wait=False)` does not; it is for the time after an `aside`
-in which the computing stream was given nothing that reads what the other made.
+waiting for all that the computing stream was given. And where `aside` waits for what came before a `mark` alone, the
+computing stream was given nothing since then that reads what the other made.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ class Lane:
     apart = False
     """Whether what is launched `aside` may run beside what is launched after it."""
 
+    def mark(self) -> Any:
+        """What the computing stream was given so far, for `aside`."""
+
     @contextmanager
-    def aside(self, *held: Tensor, wait: bool = True) -> Iterator[None]:
-        """Launch on the lane, after all that the computing stream was given so far if `wait`.
+    def aside(self, *held: Tensor, after: Any = None) -> Iterator[None]:
+        """Launch on the lane, after all that the computing stream was given, or that it was given before the mark.
 
         Args:
             held: what the computing stream made and is read here.
@@ -46,15 +50,18 @@ class BesideLane(Lane):
         self.stream = _stream(torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._held: list[Tensor] = []
 
+    def mark(self) -> Any:
+        """As `Lane.mark`."""
+        return None if self.stream is None else torch.cuda.current_stream().record_event()
+
     @contextmanager
-    def aside(self, *held: Tensor, wait: bool = True) -> Iterator[None]:
+    def aside(self, *held: Tensor, after: Any = None) -> Iterator[None]:
         """As `Lane.aside`."""
         if self.stream is None:
             yield
             return
         self._held += held
-        if wait:
-            self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_event(after or torch.cuda.current_stream().record_event())
         with torch.cuda.stream(self.stream):
             yield
 

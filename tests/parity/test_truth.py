@@ -125,7 +125,7 @@ PROBLEMS = {
     "one_token": Problem(1, length=1, micro_batch=1),
     "pos1": Problem(3, top_k=1, block=("scmoe", "pos1", 1, "cg1")),
     "pos2": Problem(2, top_k=2, block=("scmoe", "pos2", 2, "cg2"), scope="global_batch"),
-    "pos3": Problem(2, top_k=1, block=("scmoe", "pos3", 2, "add"), balance="bias"),
+    "pos3": Problem(8, top_k=1, block=("scmoe", "pos3", 2, "add"), balance="bias"),
     "dgmoe": Problem(4, top_k=1, block=("dgmoe",)),
     "dgmoe_one_device": Problem(5, top_k=1, block=("dgmoe",), favoured=4),
     "short_pos2": Problem(4, length=3, micro_batch=1, top_k=2, block=("scmoe", "pos2", 2, "cg1")),
@@ -364,6 +364,8 @@ def configure(case: Case, folder: Path) -> Config:
     config.moe.dispatcher, config.moe.balance, config.moe.bias_update_rate = case.dispatcher, problem.balance, BIAS_RATE
     config.moe.aux_loss_scope, config.moe.aux_loss_coef, config.moe.z_loss_coef = problem.scope, AUX, Z
     config.moe.backend, config.moe.transport, config.moe.overlap = case.backend, "collective", case.overlap
+    if config.model.scmoe.window:
+        config.moe.schedule = "1"
     config.train.micro_batch_size = problem.micro_batch
     config.train.global_batch_size = problem.micro_batch * case.world * case.accumulation
     config.train.precision, config.train.activation_checkpointing = case.precision, case.checkpointing

@@ -27,7 +27,7 @@ CASES = {
 SCHEDULES = ("none", "auto")
 
 
-def train_all(_rank: int, folder: str, corpus: str) -> dict[str, list[str]]:
+def train_all(_rank: int, folder: str, corpus: str, *settings: str) -> dict[str, list[str]]:
     """What each run said of its experts' schedule, by its output."""
     said: dict[str, list[str]] = {}
     say = Monitor.say
@@ -37,10 +37,11 @@ def train_all(_rank: int, folder: str, corpus: str) -> dict[str, list[str]]:
         say(self, text)
 
     Monitor.say = noted  # type: ignore[method-assign]
-    for (case, extra), schedule in product(CASES.items(), SCHEDULES):
-        output = f"{folder}/{case}/{schedule}"
+    for (name, extra), schedule in product(CASES.items(), SCHEDULES):
+        output = f"{folder}/{name}/{schedule}"
         said[output] = []
-        train(0, [*SHORTCUT, *extra, f"moe.schedule={schedule}", f"data.path={corpus}", f"output={output}"])
+        case = [*extra, f"moe.schedule={schedule}", f"data.path={corpus}", f"output={output}"]
+        train(0, [*SHORTCUT, *case, *settings])
     return {output: [line for line in lines if "shortcut experts" in line] for output, lines in said.items()}
 
 
@@ -58,7 +59,18 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_weights_and_moments_are_the_same_bits(trained: tuple[Path, dict[str, list[str]]], case: str) -> None:
-    runs, _ = trained
+    check_same_bits(trained[0], case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert", [2, 4])
+def test_four_ranks_train_the_same_bits(tmp_path: Path, corpus: str, expert: int) -> None:
+    run_distributed(train_all, 4, str(tmp_path), corpus, f"parallel.expert={expert}", timeout=500)
+    for case in CASES:
+        check_same_bits(tmp_path, case)
+
+
+def check_same_bits(runs: Path, case: str) -> None:
     steps, others = (
         [line for line in records(runs / case / schedule) if line["kind"] == "step"] for schedule in SCHEDULES
     )

@@ -158,6 +158,20 @@ class OffloadTask:
         return f"decode {self.batch}" if self.new else f"prefill {self.batch}x{self.prompt}"
 
 
+@dataclass(frozen=True)
+class PairTask:
+    """One system on two blocks of one preset."""
+
+    system: str
+    preset: str
+    sequences: int
+    """Of a rank; 0 takes the preset's micro-batch."""
+    length: int
+    """Tokens of each; 0 takes the preset's."""
+    ranks: int
+    seconds: float
+
+
 def read_value(text: str) -> bool | int | str:
     """What an option's value means: true and false, whole numbers, else the text itself."""
     if text in ("true", "false"):
