@@ -68,7 +68,8 @@ def fill_model(
     logical = logical_tensors(model, model.runtime.grid)
     check_fits(checkpoint, logical, ("param",))
     console = Console(stderr=True)
-    for tensor in track(logical, "reading", console=console, transient=True, disable=not console.is_terminal):
+    hidden = not console.is_terminal or model.runtime.grid.rank > 0
+    for tensor in track(logical, "reading", console=console, transient=True, disable=hidden):
         targets = tensor.parameter if tensor.expert else [tensor.parameter]
         for target, piece in zip(targets, tensor.pieces, strict=True):
             target.copy_(checkpoint.read(piece))
