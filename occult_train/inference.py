@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from occult_train import config as configs
 from occult_train.checkpoint.logical import logical_tensors
@@ -65,7 +67,9 @@ def fill_model(
         model = GPT(config, runtime)
     logical = logical_tensors(model, model.runtime.grid)
     check_fits(checkpoint, logical, ("param",))
-    for tensor in logical:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or model.runtime.grid.rank > 0
+    for tensor in track(logical, "reading", console=console, transient=True, disable=hidden):
         targets = tensor.parameter if tensor.expert else [tensor.parameter]
         for target, piece in zip(targets, tensor.pieces, strict=True):
             target.copy_(checkpoint.read(piece))

@@ -20,6 +20,7 @@ from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.offload import LeastRecent, Places
 from occult_train.moe.placement import Placement
 from occult_train.moe.pruning import PruneConfig
+from occult_train.testing import requires_gpu
 
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
@@ -149,6 +150,28 @@ def test_too_little_room_names_what_there_is_and_what_is_needed() -> None:
     offload_experts(model, CPU, 4 * EXPERT)
     with pytest.raises(UserError, match=r"has room for 4 experts .* and layer \d needs [56] experts .* these tokens"):
         generate(model, [list(range(30))], Sampling(), Ending(1))
+
+
+@requires_gpu
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "blocking"])
+def test_on_a_gpu_copies_are_whole_before_they_are_used(ahead: bool) -> None:
+    """Experts of 25 MB, whose copies take longer than the window; and memory is what room there is."""
+    sizes = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 8, "num_experts": 16, "max_position_embeddings": 128, "num_experts_per_tok": 1}
+    widths = {"dense_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+    config = ModelConfig(**sizes, **widths, initializer_range=0.05, scmoe=ScMoEConfig("scmoe"))
+    with torch.device("cuda"):
+        model = GPT(config).bfloat16().eval()
+    init_weights(model, 1)
+    expected = generate(model, [[7], [5]], HOT, Ending(60))
+    resident, expert = torch.cuda.memory_allocated(), 3 * 1024 * 4096 * 2
+    for room in (32, 16, 3):
+        places = offload_experts(model, torch.device("cuda"), room * expert, ahead)
+        assert all(weight.is_pinned() for layer in model.moe_layers().values() for weight in layer.experts.parameters())
+        assert generate(model, [[7], [5]], HOT, Ending(60)) == expected
+        assert torch.cuda.memory_allocated() < resident - (32 - room) * expert + (64 << 20)
+        assert places.tally.fetched > 0
+        del places
 
 
 @given(places=st.integers(1, 5), steps=st.lists(st.sets(st.integers(0, 8)), max_size=30))
