@@ -1,6 +1,7 @@
 """`occult bench pair`: two blocks on hidden states, timed and traced.
 
-A system is checked first, against the same blocks in plain torch in the same type, which route alike.
+A system is checked first, against the same blocks in plain torch in the same type. For that others' routers, which
+round logits to bf16, do not, so that all tokens go to the same experts; they are timed as they are.
 """
 
 import importlib.metadata
@@ -113,8 +114,9 @@ class _Runs:
 
     def _results(self, pair: Pair) -> list[Tensor]:
         self.drop_gradients()
-        y = pair(self.h)
-        y.backward(self.dy)
+        with pair.unrounded_logits():
+            y = pair(self.h)
+            y.backward(self.dy)
         assert self.h.grad is not None
         found = [y.detach(), self.h.grad, pair.expert_gradient()]
         for parameter in pair.parameters:

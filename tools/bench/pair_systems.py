@@ -1,11 +1,14 @@
 """Pairs of blocks that are compared: shortcut-connected experts, with and without overlap, and top-2 twins of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import occult_train
 from occult_train.config import load
@@ -74,6 +77,19 @@ class Pair:
         """[B, S, H] -> [B, S, H]. Collective, in backward too."""
         at = positions(self.model.config, h[..., 0], None)
         return self.model.run_blocks(h, at)[0]
+
+    @contextmanager
+    def unrounded_logits(self) -> Iterator[None]:
+        """Let routers of others give their logits in fp32 too, so that all route alike: in bf16 some tokens' experts
+        change places."""
+        gates: list[Any] = [m.layer.router.gate for m in self.model.modules() if isinstance(m, _AutoEPExperts)]
+        for gate in gates:
+            gate.forward = lambda x, gate=gate: F.linear(x.float(), gate.weight.float())
+        try:
+            yield
+        finally:
+            for gate in gates:
+                del gate.forward
 
     @property
     def parameters(self) -> list[nn.Parameter]:
