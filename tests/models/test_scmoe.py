@@ -176,12 +176,11 @@ def schedules(config: ModelConfig) -> list[str]:
 
 
 @each_shape
-@pytest.mark.parametrize("recompute", [False, True])
-def test_no_schedule_changes_a_bit(config: ModelConfig, recompute: bool) -> None:
-    runtime = Runtime(balance="aux_loss", aux_loss_coef=0.1, z_loss_coef=0.1, selective_checkpointing=recompute)
+def test_no_gap_changes_a_bit_of_what_is_recomputed(config: ModelConfig) -> None:
+    runtime = Runtime(balance="aux_loss", aux_loss_coef=0.1, z_loss_coef=0.1, selective_checkpointing=True)
     ids = tokens(2, 9)
     expected = results(config, runtime, torch.bfloat16, ids)
-    for schedule in schedules(config):
+    for schedule in schedules(config)[1:]:
         got = results(config, replace(runtime, schedule=schedule), torch.bfloat16, ids)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), schedule
 
