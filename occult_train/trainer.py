@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from occult_train.checkpoint import state as checkpoint_state
 from occult_train.checkpoint.store import write_durably
 from occult_train.config import Config
 from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
+from occult_train.data.samples import NOT_COUNTED
 from occult_train.data.tokenizer import load_tokenizer
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
 from occult_train.errors import writing
@@ -81,6 +83,8 @@ class Trainer:
         self.given = {i: layer.placement for i, layer in self.model.moe_layers().items()}
         """What moe.placement means without a checkpoint."""
         self.replacer = Replacer(config, self.engine, self.grid, self.monitor)
+        for line in self.train_data.remarks + self.valid_data.remarks:
+            self.monitor.say(line)
         self._resume()
         self.model.set_step(self.step)
         if self.grid.rank == 0:
@@ -199,8 +203,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, rate)
         self.model.train()
-        for _ in range(self.accumulation):
-            batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
+        for batch in self._micro_batches(batches):
             loss = self.engine(**batch)
             if logged:
                 self.meter.add(self.model.last_losses)
@@ -219,6 +222,23 @@ class Trainer:
             self._log(rate, loads)
         if _due(self.step, self.config.monitor.histogram_interval):
             self.monitor.histograms(self.step, list(self.model.moe_layers()), loads)
+
+    def _micro_batches(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
+        """Those of a step, on the device.
+
+        Where not all labels count, the loss is the mean over those that do in the global batch, however it is divided:
+        each micro-batch is told how many they are. Collective then.
+        """
+        if not self.train_data.has_examples:
+            for _ in range(self.accumulation):
+                yield {name: tensor.to(self.device) for name, tensor in next(batches).items()}
+            return
+        micro = [next(batches) for _ in range(self.accumulation)]
+        labels = sum(int((batch["labels"] != NOT_COUNTED).sum()) for batch in micro)
+        counted = torch.tensor([labels, len(micro)], device=self.device)
+        dist.all_reduce(counted)
+        for batch in micro:
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()} | {"counted": counted}
 
     def _clip_at_stage_0(self) -> float | None:
         if self.config.zero.stage or not self.engine.is_gradient_accumulation_boundary():
@@ -278,8 +298,8 @@ class Trainer:
             batch = {name: torch.stack([s[name] for s in samples]).to(self.device) for name in samples[0]}
             for row, index in enumerate(indices):
                 if index >= total:
-                    batch["labels"][row] = -100
-            counted = (batch["labels"] != -100).sum()
+                    batch["labels"][row] = NOT_COUNTED
+            counted = (batch["labels"] != NOT_COUNTED).sum()
             loss = self.engine(**batch)
             sums += torch.stack((torch.where(counted > 0, loss.double() * counted, 0.0), counted.double()))
         dist.all_reduce(sums)
