@@ -13,7 +13,7 @@ from occult_train import beginning
 from occult_train import config as configs
 from occult_train.checkpoint import placing
 from occult_train.checkpoint import state as checkpoint_state
-from occult_train.checkpoint.store import write_durably
+from occult_train.checkpoint.store import WeightsAlone, write_durably
 from occult_train.config import Config
 from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
 from occult_train.data.samples import NOT_COUNTED
@@ -119,8 +119,9 @@ class Trainer:
             placed = placing.place(self.model.moe_layers(), self.config.moe.placement, self.given, start)
         checkpoint_state.load(self.engine, self.grid, start)
         self.step, self.consumed = start.step, int(start.state["consumed_samples"])
-        self.window.resume(start.folder)
-        self.replacer.resume(start.folder, self.step)
+        if not isinstance(start, WeightsAlone):
+            self.window.resume(start.folder)
+            self.replacer.resume(start.folder, self.step)
         self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
         for line in beginning.describe(start, placed):
             self.monitor.say(line)
