@@ -161,6 +161,20 @@ def test_what_prepare_makes_is_what_the_lines_say(tmp_path: Path) -> None:
     assert len(IndexedReader(tmp_path / "corpus/train")) == made["train"]["documents"]
 
 
+def test_prompts_begin_as_the_tokenizer_says(tmp_path: Path, write_hugging_face: Callable[..., Path]) -> None:
+    """With a token that is the prompt's, so that no loss is on it."""
+    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = write_hugging_face(tmp_path / "model", ["<s>", "</s>"], config)
+    make(write(tmp_path / "source.jsonl", LINES), tmp_path / "corpus", tokenizer=str(tokenizer))
+    words, reader = load_tokenizer(tmp_path / "corpus"), IndexedReader(tmp_path / "corpus/train", examples=True)
+    assert reader.prompts is not None
+    prompts = {line["prompt"] for line in LINES}
+    for number, prompt in enumerate(reader.prompts.tolist()):
+        ids = reader.document(number).tolist()
+        assert (ids[0], ids[-1], ids.count(0), ids.count(1)) == (0, 1, 1, 1)
+        assert words.decode(ids[1:prompt]) in prompts
+
+
 def test_answers_to_one_question_are_on_one_side(tmp_path: Path) -> None:
     lines = [{"q": f"Question {i // 3}?", "a": f"answer {i}"} for i in range(60)]
     source = write(tmp_path / "source.jsonl", lines)
