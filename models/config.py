@@ -53,7 +53,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     from_pretrained: str = ""
-    """A Hugging Face model's folder to start from: its shape, weights and balancing loss. Empty starts from random."""
+    """What to start from: its shape, weights and balancing. The folder of a Hugging Face model, or a run or checkpoint
+    of ours, whose steps and optimizer are left behind. Empty starts from random."""
 
     @property
     def kv_heads(self) -> int:

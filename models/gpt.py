@@ -137,13 +137,21 @@ class GPT(nn.Module):
         """The layers with experts, by index."""
         return {i: block.moe for i, block in enumerate(self.layers) if block.moe is not None}
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or the loss if labels are given.
 
         Args:
             input_ids: [B, S] int64.
             labels: [B, S] int64, the token that follows each position; -100 is not counted.
             document_ids: [B, S] int64; positions with different ids do not see each other.
+            counted: [2] int64, how many labels count in the global batch, and in how many micro-batches: the loss is
+                the sum of the labels' losses over the mean number of them in a micro-batch. None takes their number.
 
         Returns:
             logits [B, S, V], or a scalar: mean cross-entropy in nats, and in training the weighted balancing losses.
@@ -151,7 +159,7 @@ class GPT(nn.Module):
         at = positions(self.config, input_ids, document_ids)
         h, routings = self.run_blocks(self.embed_tokens(input_ids), at)
         logits = self.lm_head(self.norm(h))
-        return logits if labels is None else self._loss(logits, labels, routings)
+        return logits if labels is None else self._loss(logits, labels, routings, counted)
 
     def run_blocks(self, h: Tensor, at: Positions, cache: KVCache | None = None) -> tuple[Tensor, list[LayerRouting]]:
         """All blocks on hidden states [B, S, H], and the routings of those with experts."""
@@ -177,9 +185,12 @@ class GPT(nn.Module):
                 yield i, first, block
                 first = None
 
-    def _loss(self, logits: Tensor, labels: Tensor, routings: list[LayerRouting]) -> Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        cross_entropy = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    def _loss(self, logits: Tensor, labels: Tensor, routings: list[LayerRouting], counted: Tensor | None) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        kind = "mean" if counted is None else "sum"
+        cross_entropy = F.cross_entropy(wide, labels.flatten(), ignore_index=-100, reduction=kind)
+        if counted is not None:
+            cross_entropy = cross_entropy * counted[1] / counted[0]
         if not self.training:
             return cross_entropy
         balance_Lm, z_Lm = self.balancer.losses(routings)

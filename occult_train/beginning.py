@@ -1,8 +1,8 @@
-"""What a run begins with: a checkpoint, a Hugging Face model, or random weights."""
+"""What a run begins with: a checkpoint, the weights of one, a Hugging Face model, or random weights."""
 
 from pathlib import Path
 
-from occult_train.checkpoint.store import Checkpoint, find_latest, open_checkpoint
+from occult_train.checkpoint.store import Checkpoint, WeightsAlone, find_latest, holds_checkpoint, open_checkpoint
 from occult_train.config import Config
 from occult_train.data.loader import open_corpora
 from occult_train.errors import CheckpointError
@@ -28,6 +28,11 @@ def find(config: Config) -> Beginning:
     folder = config.model.from_pretrained
     if not folder:
         return None
+    if not hub_files.is_model(Path(folder)) and holds_checkpoint(Path(folder)):
+        checkpoint = open_checkpoint(Path(folder))
+        words = hub_files.kept(checkpoint) or checkpoint.folder.parent.parent
+        _check_tokenizer(config, words, f"model.from_pretrained={folder}")
+        return WeightsAlone(checkpoint)
     _check_tokenizer(config, Path(folder), f"model.from_pretrained={folder}")
     return open_model(Path(folder))
 
@@ -52,6 +57,8 @@ def describe(beginning: Checkpoint | HubModel, placed: str) -> list[str]:
     if isinstance(beginning, HubModel):
         size = f"{beginning.bytes_read / 1e9:.2f} GB on this rank"
         return [*beginning.config.remarks(), f"weights of {beginning.folder}, {size}; {fresh}"]
+    if isinstance(beginning, WeightsAlone):
+        return [f"weights of {beginning.folder}, step {beginning.taken_at}{placed}; {fresh}"]
     weights_alone = "" if beginning.has_optimizer else f"; it holds weights alone, so {fresh}"
     return [f"continuing {beginning.folder} at step {beginning.step}{placed}{weights_alone}"]
 

@@ -11,13 +11,15 @@ import re
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from occult_train.errors import ConfigError
-from occult_train.hub.folder import HubConfig, read_config
+from occult_train.checkpoint.store import holds_checkpoint, open_checkpoint
+from occult_train.errors import CheckpointError, ConfigError
+from occult_train.hub.files import is_model
+from occult_train.hub.folder import read_config
 from occult_train.models.config import ModelConfig
 from occult_train.moe.pruning import PruneConfig
 
@@ -394,7 +396,7 @@ def load(arguments: list[str]) -> Config:
     pretrained = _pretrained(merged.model.from_pretrained, parts)
     try:
         if pretrained is not None:
-            merged = OmegaConf.merge(OmegaConf.structured(Config), pretrained.settings(), *parts)
+            merged = OmegaConf.merge(OmegaConf.structured(Config), pretrained.settings, *parts)
         config = OmegaConf.to_object(merged)
     except _MERGE_ERRORS as error:
         raise ConfigError(_explain(error, "")) from None
@@ -406,22 +408,44 @@ def load(arguments: list[str]) -> Config:
     return config
 
 
-def _pretrained(folder: str, parts: list[Any]) -> HubConfig | None:
+class _Pretrained(NamedTuple):
+    """What `model.from_pretrained` brings."""
+
+    fields: dict[str, Any]
+    """Of the model, that cannot be others."""
+    settings: dict[str, Any]
+    """Of the run, that can."""
+
+
+def _pretrained(folder: str, parts: list[Any]) -> _Pretrained | None:
     """What model.from_pretrained brings. A run's config.yaml holds every setting of the model and asks no more."""
     sections = [part.get("model") for part in parts if OmegaConf.is_dict(part.get("model"))]
     given = {name for section in sections for name in section}
     asked = [OmegaConf.is_missing(s, "from_pretrained") for s in sections if "from_pretrained" in s.keys()]  # noqa: SIM118
     if asked and asked[-1]:  # merging takes ??? for nothing said
-        raise ConfigError("model.from_pretrained has no value; name the folder of a Hugging Face model")
+        raise ConfigError("model.from_pretrained has no value; name the folder of a Hugging Face model, or a run")
     if not folder or all(f.name in given for f in dataclasses.fields(ModelConfig)):
         return None
     try:
-        return read_config(Path(folder))
-    except ConfigError as error:
+        if not is_model(Path(folder)) and holds_checkpoint(Path(folder)):
+            return _own(Path(folder))
+        hub = read_config(Path(folder))
+        return _Pretrained(hub.fields, hub.settings())
+    except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"model.from_pretrained={folder}: {error}") from None
 
 
-def _check_pretrained(model: ModelConfig, pretrained: HubConfig) -> None:
+def _own(folder: Path) -> _Pretrained:
+    """What a run of ours brings: the model, and how it was kept balanced."""
+    ours = load([str(open_checkpoint(folder).folder / "config.yaml")])
+    kept = ("balance", "aux_loss", "aux_loss_coef", "aux_loss_scope", "z_loss_coef", "bias_update_rate")
+    shape = dataclasses.asdict(ours.model)
+    del shape["from_pretrained"]
+    fields = {name: getattr(ours.model, name) for name in shape}
+    return _Pretrained(fields, {"model": shape, "moe": {name: getattr(ours.moe, name) for name in kept}})
+
+
+def _check_pretrained(model: ModelConfig, pretrained: _Pretrained) -> None:
     for name, value in pretrained.fields.items():
         if getattr(model, name) != value:
             raise ConfigError(

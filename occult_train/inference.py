@@ -171,7 +171,7 @@ def open_weights(path: str) -> Checkpoint | HubModel:
     Raises:
         CheckpointError, ConfigError, DataError: missing, damaged, or not supported.
     """
-    return open_model(Path(path)) if (Path(path) / "config.json").is_file() else open_run(path)
+    return open_model(Path(path)) if hub_files.is_model(Path(path)) else open_run(path)
 
 
 def weights_config(weights: Checkpoint | HubModel) -> ModelConfig:

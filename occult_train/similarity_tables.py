@@ -27,7 +27,10 @@ def find_tables(config: Config, start: Beginning) -> SimilarityTables:
         if setting in ("", made_with):
             return _checked(SimilarityTables.load(kept), config, str(kept))
     if not setting:
-        raise ConfigError("moe.prune.policy=similarity needs moe.prune.similarity, which is empty")
+        raise ConfigError(
+            "moe.prune.policy=similarity needs moe.prune.similarity, which is empty; name what "
+            "`occult profile --similarity` wrote"
+        )
     try:
         tables = SimilarityTables.of(RoutingStatistics.load(Path(setting)), setting)
     except StatisticsError as error:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from occult_train import beginning
 from occult_train import config as configs
 from occult_train.checkpoint import placing
 from occult_train.checkpoint import state as checkpoint_state
-from occult_train.checkpoint.store import write_durably
+from occult_train.checkpoint.store import WeightsAlone, write_durably
 from occult_train.config import Config
 from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
+from occult_train.data.samples import NOT_COUNTED
 from occult_train.data.tokenizer import load_tokenizer
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
 from occult_train.errors import writing
@@ -81,6 +83,8 @@ class Trainer:
         self.given = {i: layer.placement for i, layer in self.model.moe_layers().items()}
         """What moe.placement means without a checkpoint."""
         self.replacer = Replacer(config, self.engine, self.grid, self.monitor)
+        for line in self.train_data.remarks + self.valid_data.remarks:
+            self.monitor.say(line)
         self._resume()
         self.model.set_step(self.step)
         if self.grid.rank == 0:
@@ -115,8 +119,9 @@ class Trainer:
             placed = placing.place(self.model.moe_layers(), self.config.moe.placement, self.given, start)
         checkpoint_state.load(self.engine, self.grid, start)
         self.step, self.consumed = start.step, int(start.state["consumed_samples"])
-        self.window.resume(start.folder)
-        self.replacer.resume(start.folder, self.step)
+        if not isinstance(start, WeightsAlone):
+            self.window.resume(start.folder)
+            self.replacer.resume(start.folder, self.step)
         self.engine.global_samples = self.consumed  # DeepSpeed's own curves are over samples
         for line in beginning.describe(start, placed):
             self.monitor.say(line)
@@ -199,8 +204,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, rate)
         self.model.train()
-        for _ in range(self.accumulation):
-            batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
+        for batch in self._micro_batches(batches):
             loss = self.engine(**batch)
             if logged:
                 self.meter.add(self.model.last_losses)
@@ -219,6 +223,23 @@ class Trainer:
             self._log(rate, loads)
         if _due(self.step, self.config.monitor.histogram_interval):
             self.monitor.histograms(self.step, list(self.model.moe_layers()), loads)
+
+    def _micro_batches(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
+        """Those of a step, on the device.
+
+        Where not all labels count, the loss is the mean over those that do in the global batch, however it is divided:
+        each micro-batch is told how many they are. Collective then.
+        """
+        if not self.train_data.has_examples:
+            for _ in range(self.accumulation):
+                yield {name: tensor.to(self.device) for name, tensor in next(batches).items()}
+            return
+        micro = [next(batches) for _ in range(self.accumulation)]
+        labels = sum(int((batch["labels"] != NOT_COUNTED).sum()) for batch in micro)
+        counted = torch.tensor([labels, len(micro)], device=self.device)
+        dist.all_reduce(counted)
+        for batch in micro:
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()} | {"counted": counted}
 
     def _clip_at_stage_0(self) -> float | None:
         if self.config.zero.stage or not self.engine.is_gradient_accumulation_boundary():
@@ -278,8 +299,8 @@ class Trainer:
             batch = {name: torch.stack([s[name] for s in samples]).to(self.device) for name in samples[0]}
             for row, index in enumerate(indices):
                 if index >= total:
-                    batch["labels"][row] = -100
-            counted = (batch["labels"] != -100).sum()
+                    batch["labels"][row] = NOT_COUNTED
+            counted = (batch["labels"] != NOT_COUNTED).sum()
             loss = self.engine(**batch)
             sums += torch.stack((torch.where(counted > 0, loss.double() * counted, 0.0), counted.double()))
         dist.all_reduce(sums)

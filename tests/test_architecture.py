@@ -116,6 +116,12 @@ def test_rooms_of_few_needs_import_nothing_else(here: str) -> None:
         assert others <= OUTSIDE[here], path
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "models" / "families").glob("modeling_*.py")), ids=lambda p: p.stem)
+def test_modelling_files_travel_alone(path: Path) -> None:
+    others = {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names
+    assert others == {"torch", "transformers"}
+
+
 def test_errors_is_a_leaf() -> None:
     assert imports_of(ROOT / "occult_train" / "errors.py") <= sys.stdlib_module_names | {"collections.abc"}
 

@@ -13,13 +13,15 @@ from occult_train.config import Config
 from occult_train.data.tokenizer import CONFIG, SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from occult_train.errors import ConfigError, UserError, writing
 from occult_train.hub import files as hub_files
+from occult_train.hub import routing
 from occult_train.hub.card import card
 from occult_train.hub.source import NOTE
 from occult_train.hub.verify import Comparison, compare
 from occult_train.hub.writing import check_whole, write_weights
 from occult_train.inference import checkpoint_config, load_model, open_run, run_tokenizer
 from occult_train.models import families
-from occult_train.models.families import Family, family_of
+from occult_train.models.families import OCCULT, Family, family_of
+from occult_train.models.families.occult import PRUNING
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,16 +33,26 @@ def command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: what it was trained in.")] = "auto",
     shard_size: Annotated[float, typer.Option(help="Largest weight file in GB.", min=0.001)] = 5.0,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file, if not the run's.")] = "",
+    pruned: Annotated[
+        bool, typer.Option("--pruned", help="Route as it was trained, by a modelling file beside the weights.")
+    ] = False,
     verify: Annotated[bool, typer.Option(help="Load it with transformers, compare logits and chosen experts.")] = False,
 ) -> None:
-    """Write CHECKPOINT in Hugging Face format, experts under their own ids."""
+    """Write CHECKPOINT in Hugging Face format, experts under their own ids.
+
+    Experts on a shortcut, and --pruned, need what no class of transformers has: the folder brings its own
+    (trust_remote_code=True).
+    """
     opened = open_run(checkpoint)
     words = None if _has_no_tokenizer(opened) and not tokenizer else run_tokenizer(opened, tokenizer)
-    export(opened, output, dtype, int(shard_size * 1e9), words)
+    export(opened, output, dtype, int(shard_size * 1e9), words, pruned)
     print(f"exported {opened.folder} to {output}")
-    prune = checkpoint_config(opened).moe.prune
-    if prune.active:
-        print(f"it routes unpruned: moe.prune.policy={prune.policy} of its training has no place in a plain model")
+    config = checkpoint_config(opened)
+    prune = config.moe.prune
+    if pruned:
+        print(f"it keeps {routing.describe(prune.resolved(config.parallel.expert), opened, config.model.moe_layers)}")
+    elif prune.active:
+        print(f"it routes unpruned, not as moe.prune.policy={prune.policy} of its training does; --pruned keeps that")
     if verify:
         print(verify_export(opened, output).check(output))
 
@@ -51,25 +63,37 @@ def _has_no_tokenizer(checkpoint: Checkpoint) -> bool:
     return kept is not None and not find_tokenizer(kept) and not find_tokenizer(kept.parent)
 
 
-def export(checkpoint: Checkpoint, output: Path, dtype: str, shard_bytes: int, tokenizer: Tokenizer | None) -> None:
+def export(
+    checkpoint: Checkpoint,
+    output: Path,
+    dtype: str,
+    shard_bytes: int,
+    tokenizer: Tokenizer | None,
+    pruned: bool = False,
+) -> None:
     """Write the model, its config, its tokenizer and its card.
 
     Args:
         tokenizer: None only for a model that came without one.
+        pruned: route as in training, in our own family.
 
     Raises:
-        ConfigError: no family holds the model, an unknown dtype, or a balancing bias, which no family's router has.
+        ConfigError: no family holds the model, an unknown dtype, a balancing bias, which no other family's router has,
+            or `pruned` of a model that is not.
         CheckpointError: its tensors are not those of the model, or damaged.
         UserError: the output folder holds something else, or cannot be written.
     """
     config = checkpoint_config(checkpoint)
     kept = hub_files.kept(checkpoint)
     before = hub_files.read_settings(kept, "config.json")
-    family = family_of(config.model, str(before.get("model_type", "")))
+    if pruned:
+        routing.check_pruned(config, checkpoint)
+    own = pruned or config.model.scmoe.block != "none"
+    family = OCCULT if own else family_of(config.model, str(before.get("model_type", "")))
     name = config.train.precision if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ConfigError(f"--dtype={dtype} is not one of auto, {', '.join(DTYPES)}")
-    if any(b != 0 for bias in checkpoint.state.get("expert_bias", {}).values() for b in bias):
+    if not own and routing.has_bias(checkpoint):
         raise ConfigError(f"{family.architecture} cannot hold the balancing bias of moe.balance={config.moe.balance}")
     check_whole(checkpoint, config.model)
     _check_output(output)
@@ -78,10 +102,12 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str, shard_bytes: int, t
         output.mkdir(parents=True, exist_ok=True)
         # first, so that an export that was cut short can be made again
         write_durably(output / NOTE, json.dumps(note, indent=1))
-        _write_configs(family, config, before, kept, output, name, tokenizer)
+        extra = routing.keys(checkpoint, config, pruned) if own else {}
+        _write_configs(family, config, before, kept, output, name, tokenizer, extra)
         _write_tokenizer(tokenizer, kept, output)
-        write_durably(output / "README.md", card(checkpoint, config, family, NAMES[name]))
-        note["sha256"] = write_weights(checkpoint, config.model, family, output, DTYPES[name], shard_bytes)
+        write_durably(output / "README.md", card(checkpoint, config, family, NAMES[name], pruned))
+        beside = routing.tensors(checkpoint, config, pruned) if own else {}
+        note["sha256"] = write_weights(checkpoint, config.model, family, output, DTYPES[name], shard_bytes, beside)
         write_durably(output / NOTE, json.dumps(note, indent=1))
 
 
@@ -115,21 +141,27 @@ def _write_configs(
     output: Path,
     dtype: str,
     tokenizer: Tokenizer | None,
+    extra: dict[str, Any],
 ) -> None:
-    """config.json and generation_config.json, on top of those that the model came with."""
+    """config.json, with the keys `extra` too, and generation_config.json, on top of those that the model came with."""
     ids = {"eos_token_id": tokenizer.eod_id if tokenizer else None, "bos_token_id": None, "pad_token_id": None}
     hub: dict[str, Any] = {**ids, "use_cache": True}
     if before.get("model_type") == family.model_type:
         hub |= {key: value for key, value in before.items() if key not in ("torch_dtype", "transformers_version")}
+    elif family is OCCULT:
+        hub |= {key: before[key] for key in ids if key in before}
     else:
         kept = None
-    hub |= family.hub_config(config.model) | {"dtype": NAMES[dtype]}
+    hub |= family.hub_config(config.model) | extra | {"dtype": NAMES[dtype]}
     if config.moe.balance == "aux_loss":
         hub |= family.write_aux(config.moe.aux_loss, config.moe.aux_loss_coef)
     if family.modelling:
         module, name = family.modelling.removesuffix(".py"), family.architecture
         settings = name.replace("ForCausalLM", "Config")
         hub["auto_map"] = {"AutoConfig": f"{module}.{settings}", "AutoModelForCausalLM": f"{module}.{name}"}
+    for stale in output.glob("modeling_*.py"):
+        stale.unlink()
+    if family.modelling:
         shutil.copyfile(Path(families.__file__).parent / family.modelling, output / family.modelling)
     write_durably(output / "config.json", json.dumps(hub, indent=1))
     generation = hub_files.read_settings(kept, "generation_config.json")
@@ -141,7 +173,7 @@ def _write_configs(
 def verify_export(checkpoint: Checkpoint, folder: Path) -> Comparison:
     """Compare with what transformers loads, ours rounded to the export's dtype first."""
     stored = DTYPES[json.loads((folder / NOTE).read_text())["dtype"]]
-    ours = load_model(checkpoint, pruned=False)
+    ours = load_model(checkpoint, pruned=bool(hub_files.read_settings(folder, "config.json").get(PRUNING)))
     for parameter in ours.parameters():
         parameter.copy_(parameter.to(stored).to(torch.float32))
     return compare(ours, folder)

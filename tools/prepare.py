@@ -22,9 +22,9 @@ from occult_train.data.merge import merge_parts
 from occult_train.data.metadata import FORMAT, describe_tokens, summary, write_metadata
 from occult_train.data.output import existing, is_same, locked, remove_corpus
 from occult_train.data.parts import PART_BYTES, Part, PartSettings, encode_parts, plan_parts
-from occult_train.data.reading import sample_texts, spans
+from occult_train.data.reading import Key, sample_texts, spans
 from occult_train.data.sentencepiece_training import train_sentencepiece
-from occult_train.data.sources import Found, find_files
+from occult_train.data.sources import JSON_LINES, Found, find_files
 from occult_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from occult_train.errors import DataError
 
@@ -46,12 +46,17 @@ class Options:
     stdlib: bool
     min_bytes: int
     sample_bytes: int
+    instructions: bool
+    prompt_key: str
+    response_key: str
     tokenizer_identity: str = field(default="", init=False)
     """Of a given tokenizer: its hash, the id that ends documents, and those that they begin with."""
 
     def __post_init__(self) -> None:
         if not self.sources and not self.stdlib:
             raise DataError("no source given; name files or folders, or --stdlib")
+        if self.instructions and self.stdlib:
+            raise DataError("--instructions reads prompts and responses, which --stdlib does not have")
         if not 0 <= self.valid_fraction < 1:
             raise DataError(f"--valid-fraction {self.valid_fraction} must be at least 0 and less than 1")
         if self.tokenizer:
@@ -59,12 +64,21 @@ class Options:
             identity = " ".join(map(str, (given.fingerprint(), given.eod_id, *given.begin)))
             object.__setattr__(self, "tokenizer_identity", identity)
 
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """Where the text is in a JSON line."""
+        if self.instructions:
+            return Key(self.prompt_key, "--prompt-key"), Key(self.response_key, "--response-key")
+        return (Key(self.text_key, "--text-key"),)
+
     def fingerprint(self, found: Found) -> str:
         """Of all that the corpus depends on."""
         depends: dict[str, Any] = asdict(self) | {"format": FORMAT, "files": [asdict(f) for f in found.files]}
         depends |= {"sources": "", "tokenizer": ""}  # the files themselves and the tokenizer's identity stand for them
         if self.tokenizer:
             depends |= {"vocab_size": 0, "sample_bytes": 0}
+        for name in ("text_key",) if self.instructions else ("instructions", "prompt_key", "response_key"):
+            del depends[name]
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
@@ -81,6 +95,9 @@ def prepare(
     stdlib: bool = False,
     min_bytes: int = 1,
     sample_bytes: int = SAMPLE_BYTES,
+    instructions: bool = False,
+    prompt_key: str = "prompt",
+    response_key: str = "response",
     overwrite: bool = False,
     part_bytes: int = PART_BYTES,
 ) -> dict[str, Any]:
@@ -98,15 +115,23 @@ def prepare(
         stdlib: also the Python files of the running interpreter's standard library.
         min_bytes: documents with fewer bytes of text are left out.
         sample_bytes: of text to train the tokenizer on.
+        instructions: the sources are .jsonl files whose lines are a prompt and a response, which are encoded apart
+            with nothing between them; the loss is on the response and the id that ends it.
+        prompt_key: where the prompt is in a JSON line.
+        response_key: where the response is.
         overwrite: replace a complete corpus that was made of something else.
         part_bytes: of text in a part.
 
     Raises:
         DataError: bad sources, text, tokenizer or settings, another corpus in the folder, or no room on the disk.
     """
-    options = Options(sources, vocab_size, tokenizer, eod, text_key, valid_fraction, stdlib, min_bytes, sample_bytes)
+    options = Options(
+        *(sources, vocab_size, tokenizer, eod, text_key, valid_fraction, stdlib, min_bytes, sample_bytes),
+        *(instructions, prompt_key, response_key),
+    )
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     found = find_files(sources, stdlib=stdlib, without=output)
+    _check_lines(found, options)
     fingerprint = options.fingerprint(found)
     try:
         if not overwrite or is_same(output, fingerprint):
@@ -142,7 +167,7 @@ def _make(
         tokenizer_sha256=tokenizer.fingerprint(),
         eod_id=tokenizer.eod_id,
         eod=options.eod,
-        text_key=options.text_key,
+        keys=options.keys,
         min_bytes=options.min_bytes,
         begin=tokenizer.begin,
     )
@@ -165,10 +190,20 @@ def _make(
         "binary_files": found.binary,
         "fingerprint": fingerprint,
     }
+    if options.instructions:
+        metadata |= {"examples": True, "response_tokens": int(merged.train.unigrams.sum())}
     write_metadata(output, metadata)
     shutil.rmtree(parts_folder)
     console.print(f"{output}: {summary(metadata)}")
     return metadata
+
+
+def _check_lines(found: Found, options: Options) -> None:
+    """Plain text has no prompts and responses."""
+    for file in found.files if options.instructions else ():
+        if not file.is_json_lines:
+            endings = " or ".join(JSON_LINES)
+            raise DataError(f"source {file.path} is not {endings}: --instructions takes a prompt and a response a line")
 
 
 def _tokenizer(
@@ -182,7 +217,7 @@ def _tokenizer(
         return load_tokenizer(own), own
     else:
         with console.status("training the tokenizer") if console.is_terminal else contextlib.nullcontext():
-            texts = sample_texts(found.files, options.sample_bytes, options.text_key, SAMPLE_SEED)
+            texts = sample_texts(found.files, options.sample_bytes, options.keys, SAMPLE_SEED)
             tokenizer = train_sentencepiece(texts, options.vocab_size)
         console.print(f"trained a tokenizer of {tokenizer.vocab_size} pieces")
     own.mkdir(exist_ok=True)
@@ -224,6 +259,11 @@ def command(
     stdlib: Annotated[bool, typer.Option("--stdlib", help="Add this Python's standard library.")] = False,
     min_bytes: Annotated[int, typer.Option(min=1, help="Leave out documents with fewer bytes.")] = 1,
     sample_bytes: Annotated[int, typer.Option(min=1, help="Text to train the tokenizer on.")] = SAMPLE_BYTES,
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="Lines are a prompt and a response; only responses are learnt.")
+    ] = False,
+    prompt_key: Annotated[str, typer.Option(help="Where the prompt is in a line of .jsonl.")] = "prompt",
+    response_key: Annotated[str, typer.Option(help="Where the response is in a line of .jsonl.")] = "response",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another corpus in the folder.")] = False,
 ) -> None:
     """Make a corpus of text: tokenise it, hold some out, and write what `occult train` reads.
@@ -244,6 +284,9 @@ def command(
             stdlib=stdlib,
             min_bytes=min_bytes,
             sample_bytes=sample_bytes,
+            instructions=instructions,
+            prompt_key=prompt_key,
+            response_key=response_key,
             overwrite=overwrite,
         )
     except KeyboardInterrupt:

@@ -7,11 +7,13 @@ from occult_train.models.config import ModelConfig
 from occult_train.models.families.deepseek import DEEPSEEK
 from occult_train.models.families.family import Family
 from occult_train.models.families.mixtral import MIXTRAL
+from occult_train.models.families.occult import OCCULT
 from occult_train.models.families.olmoe import OLMOE
 from occult_train.models.families.qwen2_moe import QWEN2_MOE
 from occult_train.models.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES = (OLMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK)
+"""Those of others; a model of theirs is exported as one of theirs."""
 
 
 def family_of(model: ModelConfig, before: str = "") -> Family:
@@ -34,8 +36,8 @@ def family_of(model: ModelConfig, before: str = "") -> Family:
 
 def family_named(hub: dict[str, Any]) -> Family | str:
     """The family of a config.json, or why it is none of ours."""
-    found = {family.model_type: family for family in FAMILIES}.get(str(hub.get("model_type")))
-    known = ", ".join(family.model_type for family in FAMILIES)
+    found = {family.model_type: family for family in (*FAMILIES, OCCULT)}.get(str(hub.get("model_type")))
+    known = ", ".join(family.model_type for family in (*FAMILIES, OCCULT))
     if found is None:
         return f"model_type={hub.get('model_type')} is not one of {known}"
     architectures = hub.get("architectures") or [found.architecture]

@@ -90,6 +90,8 @@ class Family:
     stacked: dict[str, Stack] = field(default_factory=lambda: STACKED)
     modelling: str = ""
     """File beside this one with a transformers class for it, where transformers has none."""
+    shortcuts: bool = False
+    """Whether it has experts on a shortcut."""
 
     def all_rules(self) -> tuple[Rule, ...]:
         """Those of every family, then its own."""
@@ -120,7 +122,7 @@ class Family:
 
     def hub_config(self, model: ModelConfig) -> dict[str, Any]:
         """The content of config.json, without token ids and dtype. Raises Unfit."""
-        if model.scmoe.block != "none":
+        if model.scmoe.block != "none" and not self.shortcuts:
             raise Unfit(f"model.scmoe.block={model.scmoe.block} (it has none)")
         keys = {key: value for rule in self.all_rules() for key, value in rule.write(model).items()}
         return {"architectures": [self.architecture], "model_type": self.model_type, **keys}

@@ -45,6 +45,21 @@ class Checkpoint:
         return read_entry(self.folder, name, self.entries[name])
 
 
+class WeightsAlone(Checkpoint):
+    """What a new run takes from another's checkpoint: weights, balancing bias and placement. It is before step 1."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder, self.taken_at = checkpoint.folder, checkpoint.step
+        self.state = {"step": 0, "consumed_samples": 0}
+        self.state |= {name: checkpoint.state.get(name, {}) for name in ("expert_bias", "placement")}
+        self.entries = {name: entry for name, entry in checkpoint.entries.items() if "/" not in name}
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether `open_checkpoint` finds one to open."""
+    return (path / MANIFEST).is_file() or (find_latest(path / "checkpoints") or find_latest(path)) is not None
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the latest of a run's folder.
 

@@ -87,6 +87,16 @@ class BlendedDataset:
         self.datasets = list(datasets)
         self.schedule = BlendSchedule(weights)
 
+    @property
+    def remarks(self) -> list[str]:
+        """Those of its corpora."""
+        return [line for dataset in self.datasets for line in dataset.remarks]
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether not all labels count in some corpus."""
+        return any(dataset.has_examples for dataset in self.datasets)
+
     def __getitem__(self, index: int) -> Sample:
         corpus, sample = self.schedule[index]
         return self.datasets[corpus][sample]

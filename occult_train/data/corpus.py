@@ -72,7 +72,8 @@ def check_vocab(corpus: Corpus, vocab_size: int) -> None:
 
 def _open_folder(folder: Path, setting: str, tokenizer: str | Path) -> Corpus:
     metadata = read_metadata(folder, setting)
-    train, valid = IndexedReader(folder / "train"), IndexedReader(folder / "valid")
+    examples = bool(metadata.get("examples"))
+    train, valid = IndexedReader(folder / "train", examples), IndexedReader(folder / "valid", examples)
     for name, reader in (("train", train), ("valid", valid)):
         recorded = metadata[name].get("tokens") if isinstance(metadata[name], dict) else None
         if recorded != reader.tokens:

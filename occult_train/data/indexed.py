@@ -53,11 +53,16 @@ class IndexedReader:
 
     `offsets` is int64 [documents + 1]: document d holds tokens `offsets[d]` to `offsets[d + 1] - 1` of the corpus.
 
+    Args:
+        prefix: of the pair.
+        examples: each document is two sequences, a prompt and its response; `prompts`, int64 [documents], are the
+            tokens of the first. Else `prompts` is None.
+
     Raises:
         DataError: a file is missing or damaged, is of another format, or the two do not fit together.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, examples: bool = False) -> None:
         self.prefix = split_prefix(prefix)
         self.bin_path, self.idx_path = pair(self.prefix)
         for path in (self.bin_path, self.idx_path):
@@ -72,6 +77,7 @@ class IndexedReader:
         self.tokens = self.bin_path.stat().st_size // self.dtype.itemsize
         begins = np.append(pointers, np.int64(self.tokens * self.dtype.itemsize))
         self.offsets: NDArray[np.int64] = begins[table] // self.dtype.itemsize
+        self.prompts: NDArray[np.int64] | None = self._prompts(lengths, table) if examples else None
         self._data = _map(self.bin_path, self.dtype)
 
     def __len__(self) -> int:
@@ -143,9 +149,14 @@ class IndexedReader:
         if not len(table) or table[0] != 0 or table[-1] != self.sequences or (table[1:] < table[:-1]).any():
             raise DataError(f"{self.idx_path}: the document table does not rise from 0 to {self.sequences} sequences")
 
+    def _prompts(self, lengths: NDArray, table: NDArray) -> NDArray[np.int64]:
+        if not np.array_equal(table, np.arange(0, len(lengths) + 1, 2)):
+            raise DataError(f"{self.idx_path}: its documents are not of two sequences, a prompt and a response")
+        return lengths[::2].astype(np.int64)
+
 
 class IndexedWriter:
-    """Writes a corpus document by document, one sequence each. Nothing but the lengths is held in memory.
+    """Writes a corpus document by document. Nothing but the lengths is held in memory.
 
     The files appear under their names on `finish`; until then, and after an error, there are only `*.partial` files,
     which leaving the `with` block removes.
@@ -153,14 +164,16 @@ class IndexedWriter:
     Args:
         prefix: `PREFIX.bin` and `PREFIX.idx` are written; their folder must exist.
         dtype: an integer type of the format, such as `token_dtype(vocab_size)`.
+        examples: each document is two sequences, a prompt and its response; else one.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype, examples: bool = False) -> None:
         codes = {np.dtype(t): code for code, t in DTYPES.items()}
         if np.dtype(dtype).kind not in "iu" or np.dtype(dtype) not in codes:
             raise ValueError(f"token ids cannot be stored as {dtype}")
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
+        self._per_document = 2 if examples else 1
         self._code = codes[self.dtype]
         self._largest = int(np.iinfo(self.dtype).max)
         self._lengths: list[NDArray[np.int32]] = []
@@ -173,7 +186,7 @@ class IndexedWriter:
         self.add_many(tokens, np.array([len(tokens)]))
 
     def add_many(self, tokens: NDArray, lengths: NDArray) -> None:
-        """Append documents of `lengths` [documents], laid one after another in `tokens` [sum of lengths].
+        """Append documents whose sequences have `lengths`, laid one after another in `tokens` [sum of lengths].
 
         Raises:
             ValueError: the lengths do not add up, or an id does not fit the type.
@@ -194,10 +207,11 @@ class IndexedWriter:
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         sizes = lengths.astype("<i8") * self.dtype.itemsize
         with open(self._partial[1], "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(lengths) + 1))
+            table = np.arange(0, len(lengths) + 1, self._per_document, dtype="<i8")
+            file.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(table)))
             file.write(lengths.astype("<i4").data)
             file.write((np.cumsum(sizes, dtype="<i8") - sizes).data)
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").data)
+            file.write(table.data)
             self._sync(file)
         for partial, path in zip(self._partial, pair(self.prefix), strict=True):
             partial.replace(path)

@@ -54,7 +54,8 @@ def merge_parts(
     limit = np.uint64(valid_below(parts, settings, fraction))
     merged = Merged(Tally(np.zeros(vocab_size, np.int64)), Tally(np.zeros(vocab_size, np.int64)))
     dtype = token_dtype(vocab_size)
-    with IndexedWriter(output / "train", dtype) as train, IndexedWriter(output / "valid", dtype) as valid:
+    both = settings.examples
+    with IndexedWriter(output / "train", dtype, both) as train, IndexedWriter(output / "valid", dtype, both) as valid:
         for part in parts:
             content = read_part(part, settings)
             merged.counts.add(content.counts)
@@ -67,9 +68,16 @@ def merge_parts(
 
 def _copy(content: PartContent, chosen: NDArray[np.bool_], writer: IndexedWriter, tally: Tally) -> None:
     """Append the chosen documents of a part to a side."""
-    lengths = np.diff(content.reader.offsets)
-    tokens = content.reader.read(0, content.reader.tokens)[np.repeat(chosen, lengths)]
-    writer.add_many(tokens, lengths[chosen])
+    lengths, prompts = np.diff(content.reader.offsets), content.reader.prompts
+    tokens = content.reader.read(0, content.reader.tokens)
+    counted = np.ones(len(tokens), np.bool_)
+    sequences = lengths[:, None]
+    if prompts is not None:
+        sequences = np.stack((prompts, lengths - prompts), axis=1)
+        counted = np.repeat(np.tile([False, True], len(lengths)), sequences.ravel())
+    mine = np.repeat(chosen, lengths)
+    writer.add_many(tokens[mine], sequences[chosen].ravel())
     tally.documents += int(chosen.sum())
     tally.bytes += int(content.sizes[chosen].sum())
-    tally.unigrams += np.bincount(tokens, minlength=len(tally.unigrams))
+    tally.tokens += int(lengths[chosen].sum())
+    tally.unigrams += np.bincount(tokens[mine & counted], minlength=len(tally.unigrams))

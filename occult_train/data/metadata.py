@@ -24,15 +24,12 @@ class Tally:
     """One side of the split."""
 
     unigrams: NDArray[np.int64]
-    """[vocabulary] how often each id occurs."""
+    """[vocabulary] how often each id occurs where the loss is: in responses, if documents are examples."""
     documents: int = 0
     bytes: int = 0
     """Text in UTF-8."""
-
-    @property
-    def tokens(self) -> int:
-        """All ids, the end of each document included."""
-        return int(self.unigrams.sum())
+    tokens: int = 0
+    """All ids, the end of each document included."""
 
 
 @dataclass
@@ -103,6 +100,7 @@ def summary(metadata: dict[str, Any]) -> str:
         f"{train['tokens']:,} tokens of {train['documents']:,} documents to train on, "
         f"{valid['tokens']:,} of {valid['documents']:,} held out, vocabulary {metadata['vocab_size']}, "
         f"{metadata['bytes_per_token']:.2f} bytes a token, "
+        f"{_responses(metadata)}"
         f"unigram loss {metadata['unigram_entropy']['valid_under_train']:.3f} nats"
     )
     notes = {
@@ -111,6 +109,12 @@ def summary(metadata: dict[str, Any]) -> str:
         "documents with bad UTF-8 mended": metadata["documents_with_bad_utf8"],
     }
     return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
+
+
+def _responses(metadata: dict[str, Any]) -> str:
+    if not metadata.get("examples"):
+        return ""
+    return f"examples with {metadata['response_tokens']:,} tokens of responses to train on, "
 
 
 def entropy(counts: NDArray[np.int64]) -> float:

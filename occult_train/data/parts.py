@@ -16,19 +16,20 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from occult_train.data.indexed import IndexedReader, IndexedWriter, token_dtype
-from occult_train.data.reading import ReadCounts, Span, documents
+from occult_train.data.reading import Key, ReadCounts, Span, records
 from occult_train.data.tokenizer import Tokenizer, load_tokenizer
 from occult_train.errors import DataError
 
 PART_BYTES = 4 << 20
 """Text in a part: a few seconds of work, and at most a few hundred MB of memory."""
-FORMAT = 1
+FORMAT = 2
 """Raised when parts of earlier versions of this file must not be used again."""
 
 
@@ -45,10 +46,16 @@ class PartSettings:
     """The id appended to each document."""
     eod: str | None
     """The token of that id, where it was named."""
-    text_key: str
+    keys: tuple[Key, ...]
+    """Where the text is in a JSON line: one key of documents, two of prompts and responses."""
     min_bytes: int
     begin: tuple[int, ...] = ()
     """Ids put before each document."""
+
+    @property
+    def examples(self) -> bool:
+        """Whether documents are prompts with their responses."""
+        return len(self.keys) == 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class PartContent:
     reader: IndexedReader
     """One document of the reader for each that was read, end-of-document id included."""
     hashes: NDArray[np.uint64]
-    """[documents] of the text."""
+    """[documents] of the text, of an example's prompt."""
     sizes: NDArray[np.int64]
     """[documents] bytes of the text in UTF-8."""
     counts: ReadCounts
@@ -128,13 +135,17 @@ def encode_part(part: Part, settings: PartSettings) -> None:
     """Tokenise one part and write its files."""
     tokenizer = _tokenizer(settings.tokenizer, settings.tokenizer_sha256, settings.eod)
     counts, hashes, sizes = ReadCounts(), [], []
-    with IndexedWriter(Path(settings.folder, part.name), token_dtype(tokenizer.vocab_size)) as writer:
+    dtype = token_dtype(tokenizer.vocab_size)
+    with IndexedWriter(Path(settings.folder, part.name), dtype, settings.examples) as writer:
         for span in part.spans:
-            for text in documents(span, settings.text_key, counts, settings.min_bytes):
-                content = text.encode()
-                hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-                sizes.append(len(content))
-                writer.add([*settings.begin, *tokenizer.encode(text), settings.eod_id])
+            for texts in records(span, settings.keys, counts, settings.min_bytes):
+                named = (texts[0] or texts[-1]).encode()  # examples of one prompt stay together
+                hashes.append(int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little"))
+                sizes.append(sum(len(text.encode()) for text in texts))
+                ids = [tokenizer.encode(text) for text in texts]
+                ids[0] = [*settings.begin, *ids[0]]
+                ids[-1].append(settings.eod_id)
+                writer.add_many(np.array([*chain(*ids)]), np.array([len(sequence) for sequence in ids]))
     known = _known(part, settings)
     partial = Path(f"{known}.partial")
     with open(partial, "wb") as file:
@@ -150,7 +161,8 @@ def encode_part(part: Part, settings: PartSettings) -> None:
 def read_part(part: Part, settings: PartSettings) -> PartContent:
     """Open a finished part."""
     hashes, sizes, counts = read_known(part, settings)
-    return PartContent(IndexedReader(Path(settings.folder, part.name)), hashes, sizes, counts)
+    reader = IndexedReader(Path(settings.folder, part.name), settings.examples)
+    return PartContent(reader, hashes, sizes, counts)
 
 
 def read_known(part: Part, settings: PartSettings) -> tuple[NDArray[np.uint64], NDArray[np.int64], ReadCounts]:

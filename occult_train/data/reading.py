@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,15 @@ class Span:
     file: SourceFile
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a text is in a JSON line."""
+
+    name: str
+    option: str
+    """Of the command, that says so."""
 
 
 @dataclass
@@ -56,17 +65,27 @@ def documents(span: Span, text_key: str, counts: ReadCounts, min_bytes: int = 1)
     Raises:
         DataError: a JSON line is damaged, or has no text; names file and line.
     """
+    for (text,) in records(span, (Key(text_key, "--text-key"),), counts, min_bytes):
+        yield text
+
+
+def records(span: Span, keys: tuple[Key, ...], counts: ReadCounts, min_bytes: int = 1) -> Iterator[tuple[str, ...]]:
+    """As `documents`, with a text for each key: one of a document, two of a prompt and its response.
+
+    A record whose last text is blank is left out, and one with fewer than `min_bytes` bytes in all.
+    """
     with open(span.file.path, "rb") as file:
         lines = _lines(file, span)
-        texts = _json_texts(lines, span, text_key, counts) if span.file.is_json_lines else _plain(lines, span, counts)
-        for text in texts:
-            if not text or text.isspace() or (min_bytes > 1 and len(text.encode()) < min_bytes):
+        found = _json_texts(lines, span, keys, counts) if span.file.is_json_lines else _plain(lines, span, counts)
+        for texts in found:
+            size = sum(len(text.encode()) for text in texts) if min_bytes > 1 else 1
+            if not texts[-1] or texts[-1].isspace() or size < min_bytes:
                 counts.empty += 1
             else:
-                yield text
+                yield texts
 
 
-def sample_texts(files: list[SourceFile], size: int, text_key: str, seed: int) -> Iterator[str]:
+def sample_texts(files: list[SourceFile], size: int, keys: tuple[Key, ...], seed: int) -> Iterator[str]:
     """About `size` bytes of text, drawn in blocks from all files alike: all of it if there is no more.
 
     The choice depends on the files' order and sizes, `size` and `seed`.
@@ -81,7 +100,8 @@ def sample_texts(files: list[SourceFile], size: int, text_key: str, seed: int) -
         place = int(np.searchsorted(blocks, number, side="right"))
         file = files[place]
         start = (number - (int(blocks[place - 1]) if place else 0)) * SAMPLE_BLOCK
-        for text in documents(Span(file, start, min(start + SAMPLE_BLOCK, file.size)), text_key, ReadCounts()):
+        for texts in records(Span(file, start, min(start + SAMPLE_BLOCK, file.size)), keys, ReadCounts()):
+            text = "".join(texts)
             yield text[:left]
             left -= len(text)
             if left <= 0:
@@ -102,13 +122,15 @@ def _lines(file: BinaryIO, span: Span) -> Iterator[tuple[int, bytes]]:
         at += len(line)
 
 
-def _plain(lines: Iterator[tuple[int, bytes]], span: Span, counts: ReadCounts) -> Iterator[str]:
+def _plain(lines: Iterator[tuple[int, bytes]], span: Span, counts: ReadCounts) -> Iterator[tuple[str]]:
     content = b"".join(line for _, line in lines)
     if content or not span.start:  # a later span without lines lies within one long line
-        yield _decode(content, counts).removeprefix("\ufeff")
+        yield (_decode(content, counts).removeprefix("\ufeff"),)
 
 
-def _json_texts(lines: Iterator[tuple[int, bytes]], span: Span, key: str, counts: ReadCounts) -> Iterator[str]:
+def _json_texts(
+    lines: Iterator[tuple[int, bytes]], span: Span, keys: tuple[Key, ...], counts: ReadCounts
+) -> Iterator[tuple[str, ...]]:
     for at, line in lines:
         if not line.strip():
             continue
@@ -119,16 +141,24 @@ def _json_texts(lines: Iterator[tuple[int, bytes]], span: Span, key: str, counts
         except (ValueError, RecursionError) as error:
             raise DataError(f"{_where(span, at)}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise DataError(f"{_where(span, at)}: not an object with a {key!r} but {type(record).__name__}")
-        if key not in record:
-            keys = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise DataError(f"{_where(span, at)}: no key {key!r} (--text-key); its keys are {keys}")
-        text = record[key]
-        if not isinstance(text, str):
-            raise DataError(f"{_where(span, at)}: {key!r} holds {type(text).__name__}, not text")
-        mended = mend_surrogates(text)
-        counts.bad_utf8 += mended is not text and counts.bad_utf8 == bad
+            wanted = " and a ".join(repr(key.name) for key in keys)
+            raise DataError(f"{_where(span, at)}: not an object with a {wanted} but {type(record).__name__}")
+        texts = [_text(record, key, span, at) for key in keys]
+        mended = tuple(mend_surrogates(text) for text in texts)
+        if counts.bad_utf8 == bad:
+            counts.bad_utf8 += any(new is not old for new, old in zip(mended, texts, strict=True))
         yield mended
+
+
+def _text(record: dict[str, Any], key: Key, span: Span, at: int) -> str:
+    """What a JSON line holds under a key."""
+    if key.name not in record:
+        keys = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise DataError(f"{_where(span, at)}: no key {key.name!r} ({key.option}); its keys are {keys}")
+    text = record[key.name]
+    if not isinstance(text, str):
+        raise DataError(f"{_where(span, at)}: {key.name!r} holds {type(text).__name__}, not text")
+    return text
 
 
 def mend_surrogates(text: str) -> str:

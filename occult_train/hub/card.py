@@ -7,10 +7,11 @@ from occult_train import runlog
 from occult_train.checkpoint.store import Checkpoint
 from occult_train.config import Config
 from occult_train.errors import UserError
+from occult_train.hub import routing
 from occult_train.models.families.family import Family
 
 
-def card(checkpoint: Checkpoint, config: Config, family: Family, dtype: str) -> str:
+def card(checkpoint: Checkpoint, config: Config, family: Family, dtype: str, pruned: bool) -> str:
     """README.md as the hub shows it."""
     model = config.model
     custom = bool(family.modelling)
@@ -18,6 +19,7 @@ def card(checkpoint: Checkpoint, config: Config, family: Family, dtype: str) -> 
         ("architecture", family.architecture),
         ("parameters", f"{model.num_params():,} ({model.active_params():,} active a token)"),
         ("experts", f"{model.num_experts} a layer, {model.num_experts_per_tok} for each token"),
+        *_routing(checkpoint, config, pruned),
         ("stored as", dtype),
         ("began with", _origin(checkpoint, config)),
         ("optimizer steps", f"{checkpoint.step:,}"),
@@ -43,6 +45,14 @@ def _origin(checkpoint: Checkpoint, config: Config) -> str:
     imported = checkpoint.state.get("imported", {}).get("folder")
     start = imported or config.model.from_pretrained
     return f"the weights of {Path(start).name}" if start else "random weights"
+
+
+def _routing(checkpoint: Checkpoint, config: Config, pruned: bool) -> list[tuple[str, str]]:
+    """What a pruned model does with its training's routing."""
+    if not config.moe.prune.active:
+        return []
+    text = routing.describe(config.moe.prune.resolved(config.parallel.expert), checkpoint, config.model.moe_layers)
+    return [("routing", text if pruned else f"unpruned; trained with {text}")]
 
 
 def _balancing(config: Config) -> str:

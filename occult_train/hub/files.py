@@ -19,6 +19,11 @@ SETTINGS_FILES = ("config.json", "generation_config.json")
 SAMPLE = "The quick brown fox, 1,234.5 × 67 = ?\n\n\tdef f(x):  return x  # größer, 你好, мир, 🙂"
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model's."""
+    return (folder / SETTINGS_FILES[0]).is_file()
+
+
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
     """Copy those files that there are, and return their names."""
     there = [name for name in names if (source / name).is_file()]

@@ -1,5 +1,6 @@
 """Whether transformers computes what we compute: logits and chosen experts of the same tokens."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from occult_train.errors import UserError
-from occult_train.hub.folder import read_config
+from occult_train.hub.files import read_settings
+from occult_train.models import families
+from occult_train.models.families import Family, family_named
 from occult_train.models.gpt import GPT
+from occult_train.moe.collaboration import RoutingCounter
+from occult_train.moe.layer import MoELayer
 
 LOGITS_TOLERANCE = 1e-4
 """‖ours − theirs‖/‖theirs‖ of fp32 logits; measured 1e-6 on the demo model."""
 TIE = 1e-5
-"""Experts whose probabilities are closer than this may swap places between two fp32 computations."""
+"""Experts whose scores are closer than this may swap places between two fp32 computations."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Comparison:
     choices: int
     """Tokens times MoE layers."""
     ties: int
-    """Choices that differ where the last expert in and the first one out are as good as equal."""
+    """Choices that differ where scores are as good as equal: those of the last expert in and the first one out, or,
+    with pruning, which goes by the order of experts, of any two in a row up to there."""
     differing: int
     """Choices that differ without that excuse."""
 
@@ -60,19 +66,24 @@ def compare(ours: GPT, folder: Path) -> Comparison:
     theirs = load_theirs(folder)
     length = min(128, ours.config.max_position_embeddings)
     tokens = torch.randint(ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    seen: dict[str, list[Tensor]] = {"ours": [], "theirs": []}
-    routers = [layer.router for layer in ours.moe_layers().values()]
+    seen: dict[str, list[Tensor]] = {"logits": [], "ours": [], "theirs": []}
+    layers = list(ours.moe_layers().values())
     gates = [module for name, module in theirs.named_modules() if name.endswith("mlp.gate")]
-    hooks = _watch(routers, lambda output: output, seen["ours"]) + _watch(gates, lambda o: o[-1], seen["theirs"])
+    hooks = _watch([layer.router for layer in layers], lambda output: output, seen["logits"])
+    hooks += _watch(gates, lambda output: output[-1], seen["theirs"])
+    for layer in layers:
+        layer.counters.append(_Choices(seen["ours"]))
     logits, expected = ours(tokens), theirs(tokens).logits
     for hook in hooks:
         hook.remove()
+    for layer in layers:
+        layer.counters.pop()
     error = float((logits - expected).norm() / expected.norm())
     differing = ties = choices = 0
-    for router, logits_TE, picked_TK in zip(routers, seen["ours"], seen["theirs"], strict=True):
-        own_TK = router.choose(logits_TE).experts_TK
+    found = zip(layers, seen["logits"], seen["ours"], seen["theirs"], strict=True)
+    for layer, logits_TE, own_TK, picked_TK in found:
         wrong = (own_TK.sort(dim=1).values != picked_TK.sort(dim=1).values).any(dim=1)
-        close = _gap(logits_TE, own_TK.shape[1]) < TIE
+        close = _gap(layer, logits_TE) < TIE
         choices += len(wrong)
         ties += int((wrong & close).sum())
         differing += int((wrong & ~close).sum())
@@ -89,10 +100,10 @@ def load_theirs(folder: Path) -> Any:
 
     kind: Any = AutoModelForCausalLM
     plain = {"experts_implementation": "eager"}  # grouped products want widths of whole 16 bytes
-    if read_config(folder).family.modelling:
-        from occult_train.models.families.modeling_deepseek import DeepseekForCausalLM as kind
-
-        plain = {}
+    family = family_named(read_settings(folder, "config.json"))
+    if isinstance(family, Family) and family.modelling:
+        module = importlib.import_module(f"{families.__name__}.{family.modelling.removesuffix('.py')}")
+        kind, plain = getattr(module, family.architecture), {}
     theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **plain)
     odd = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if odd:
@@ -104,9 +115,24 @@ def _watch(modules: list[nn.Module], pick: Callable[[Any], Tensor], into: list[T
     return [m.register_forward_hook(lambda _module, _inputs, output: into.append(pick(output))) for m in modules]
 
 
-def _gap(logits_TE: Tensor, top_k: int) -> Tensor:
-    """How much more probable the last expert chosen is than the first one not chosen."""
-    if top_k == logits_TE.shape[1]:
-        return torch.ones(len(logits_TE))
-    best = logits_TE.softmax(dim=-1).topk(top_k + 1, dim=-1).values
-    return best[:, -2] - best[:, -1]
+class _Choices(RoutingCounter):
+    """Keeps which experts a layer uses, in place of counting them."""
+
+    def __init__(self, into: list[Tensor]) -> None:
+        self.into = into
+
+    def add(self, experts_TK: Tensor) -> None:
+        """Take in a forward."""
+        self.into.append(experts_TK)
+
+
+def _gap(layer: MoELayer, logits_TE: Tensor) -> Tensor:
+    """[T] the smallest difference of two scores that a token's choice hangs on; see `Comparison.ties`."""
+    router = layer.router
+    last = router.top_k + router.dual  # what the first of two choices takes leaves the second its second best
+    scores_TE = logits_TE.softmax(dim=-1) + router.expert_bias
+    best = scores_TE.topk(min(last + 1, scores_TE.shape[1]), dim=-1).values
+    gaps = best[:, :-1] - best[:, 1:]
+    if layer.pruner is None and not router.dual:
+        gaps = gaps[:, last - 1 :]
+    return gaps.min(dim=1).values if gaps.shape[1] else torch.ones(len(best))

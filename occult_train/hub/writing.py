@@ -11,6 +11,7 @@ from torch import Tensor
 
 from occult_train.checkpoint.store import Checkpoint, write_durably
 from occult_train.errors import CheckpointError
+from occult_train.hub import routing
 from occult_train.hub.source import INDEX, expected_tensors
 from occult_train.hub.tensorfile import write_file
 from occult_train.models.config import ModelConfig
@@ -43,12 +44,19 @@ def check_whole(checkpoint: Checkpoint, model: ModelConfig) -> dict[str, tuple[i
 
 
 def write_weights(
-    checkpoint: Checkpoint, model: ModelConfig, family: Family, output: Path, dtype: torch.dtype, limit: int
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    family: Family,
+    output: Path,
+    dtype: torch.dtype,
+    limit: int,
+    beside: dict[str, Tensor],
 ) -> dict[str, str]:
     """Write the weight files and their index. Returns the SHA-256 of each tensor's bytes by hub name.
 
     Args:
         limit: bytes of a file; a larger tensor has one to itself.
+        beside: further tensors by hub name, in their own types, that go into a file of their own; see routing.py.
 
     Raises:
         CheckpointError: a tensor is missing or damaged.
@@ -73,7 +81,9 @@ def write_weights(
             theirs = {family.to_hub(name): shapes[name] for name in names}
             digests |= write_file(output / file, theirs, dtype, tensors(names))
             where |= dict.fromkeys(theirs, file)
+    where |= routing.write(beside, output)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    total += sum(tensor.nbytes for tensor in beside.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_durably(output / INDEX, json.dumps(index, indent=1))
     return digests

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from occult_train.data import reading
-from occult_train.data.reading import ReadCounts, documents, sample_texts, spans
+from occult_train.data.reading import Key, ReadCounts, documents, sample_texts, spans
 from occult_train.data.sources import SourceFile, find_files, stdlib_files
 from occult_train.errors import DataError
+
+TEXT = (Key("text", "--text-key"),)
 
 
 def source(path: Path) -> SourceFile:
@@ -160,16 +162,16 @@ def test_a_sample_is_all_of_a_small_text_and_a_seeded_choice_of_a_large(
         path = tmp_path / f"{number}.txt"
         path.write_text("".join(f"{number} {line}\n" for line in range(200)))
         files.append(source(path))
-    everything = list(sample_texts(files, 10**9, "text", 1))
+    everything = list(sample_texts(files, 10**9, TEXT, 1))
     assert "".join(everything) == "".join(Path(f.path).read_text() for f in files)
-    some = list(sample_texts(files, 3000, "text", 1))
-    assert some == list(sample_texts(files, 3000, "text", 1))
-    assert some != list(sample_texts(files, 3000, "text", 2))
+    some = list(sample_texts(files, 3000, TEXT, 1))
+    assert some == list(sample_texts(files, 3000, TEXT, 1))
+    assert some != list(sample_texts(files, 3000, TEXT, 2))
     assert 2000 < sum(map(len, some)) <= 3000
     lines = Counter(line for text in some for line in text.splitlines()[:-1])
     assert set(lines.values()) == {1}, "no line is drawn twice"
     assert len({line.split()[0] for line in lines}) > 5, "it is drawn from all files"
-    assert list(sample_texts([], 100, "text", 1)) == []
+    assert list(sample_texts([], 100, TEXT, 1)) == []
 
 
 def test_light_to_import() -> None:

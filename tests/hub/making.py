@@ -165,3 +165,10 @@ def add_tokenizer(folder: Path, begins: bool = False) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+
+def words() -> Any:
+    """A tokenizer of 290 ids."""
+    from occult_train.data.sentencepiece_training import train_sentencepiece
+
+    return train_sentencepiece(["the cat sat on the mat and saw seven dogs run home\n" * 3], 290)

@@ -286,7 +286,7 @@ def test_logits_are_the_plain_model_s(config: ModelConfig, normalise: bool) -> N
     config = replace(config, norm_topk_prob=normalise)
     model, ids = build(config).eval(), tokens(config, 2, 21)
     document_ids = torch.stack([torch.zeros(21), torch.arange(21) // 8]).long()
-    plain = PlainConfig(**{field.name: getattr(config, field.name) for field in fields(PlainConfig)})
+    plain = PlainConfig(**{field.name: getattr(config, field.name, None) for field in fields(PlainConfig)})
     params = {name: parameter.detach() for name, parameter in model.named_parameters()}
     output = plain_moe.forward(params, plain, ids, document_ids)
     assert min(routing["topk_gap"] for routing in output.router) > 1e-5

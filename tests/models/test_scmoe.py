@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import plain_scmoe
 import pytest
@@ -24,6 +25,8 @@ from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.collecting import RoutingCollector
 from occult_train.moe.overlap import MEASURED, WARMUP
 from occult_train.moe.placement import Placement
+from occult_train.moe.pruning import PruneConfig
+from occult_train.moe.similarity import SimilarityTables
 from occult_train.parallel.grid import Grid
 from occult_train.testing import run_distributed
 
@@ -78,7 +81,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def plain_config(config: ModelConfig) -> PlainScMoE:
-    return PlainScMoE(**{field.name: getattr(config, field.name) for field in fields(PlainScMoE)})
+    return PlainScMoE(**{field.name: getattr(config, field.name, None) for field in fields(PlainScMoE)})
 
 
 def exact(model: GPT) -> Params:
@@ -210,6 +213,31 @@ def test_a_schedule_leaves_generation_s_logits_alone() -> None:
         cache = KVCache(config, [0, 0], 9, torch.zeros(1))
         found.append([model.predict(ids[:, :6], cache), *(model.predict(ids[:, i : i + 1], cache) for i in (6, 7, 8))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["router", "similarity"])
+@pytest.mark.parametrize("name", ["two-experts", "every-cg1"])
+def test_recomputing_prunes_once_and_changes_no_bit(name: str, policy: str) -> None:
+    """Choices are kept, so that the way back is that of the devices that were picked."""
+    config = replace(SHAPES[name], num_experts_per_tok=2)
+    prune, ids, found = PruneConfig(policy, 1, 3), tokens(2, 9), []
+    tables = SimilarityTables({i: torch.rand(6, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)})
+    for selective, schedule in ((False, "none"), (True, "none"), (True, schedules(config)[-1])):
+        runtime = Runtime(prune=prune, selective_checkpointing=selective, schedule=schedule)
+        model = build(config, runtime, torch.float32)
+        model.set_similarity(tables)
+        chosen: list[Tensor] = []
+        for layer in model.moe_layers().values():
+            layer.counters.append(SimpleNamespace(add=chosen.append))  # type: ignore[arg-type]
+        loss = model(ids, labels=ids)
+        loss.backward()
+        assert len(chosen) == len(model.moe_layers())
+        assert all((experts_TK // 2 == experts_TK[:, :1] // 2).all() for experts_TK in chosen)
+        found.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    for other in found[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in found[0].items())
+    unpruned = build(config, dtype=torch.float32)
+    assert not torch.equal(unpruned(ids, labels=ids), found[0]["loss"])
 
 
 # --- what the shortcut means, without the plain model

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from plain_moe import Batches, Params, PlainConfig, TrainRecord
+from plain_pruning import prune_token
 from plain_scmoe import PlainScMoE
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
@@ -35,11 +36,15 @@ from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT
 from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.placement import Placement
+from occult_train.moe.pruning import PruneConfig
+from occult_train.moe.similarity import SimilarityTables
 from occult_train.moving import move
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 from occult_train.testing import RankError, run_distributed
 
+SIMILARITY = torch.rand(8, 8, generator=torch.Generator().manual_seed(3))
+"""How alike the experts are, where pruning goes by that."""
 TOLERANCE = 1e-5
 FLOOR = 1e-7
 """Share of the whole gradient (or parameter, or moment) below which a tensor counts as zero."""
@@ -91,6 +96,8 @@ class Problem:
     """They send odd tokens to the other experts, and the second half of the ranks sees odd tokens alone."""
     block: tuple[Any, ...] = ()
     """ScMoEConfig's fields, of a model of shortcut-connected blocks."""
+    prune: tuple[str, int, int] | None = None
+    """Policy, m and groups of collaboration pruning."""
     smallest_gap: float = 1e-5
     """Reject the problem if a token's K-th and (K+1)-th score are closer."""
 
@@ -107,7 +114,16 @@ class Problem:
     @property
     def plain(self) -> PlainConfig:
         """The plain model's shape."""
-        return PlainScMoE(**self.model) if self.block else PlainConfig(**self.model)
+        plain = PlainScMoE(**self.model) if self.block else PlainConfig(**self.model)
+        return plain if self.prune is None else replace(plain, prune=self.choose)
+
+    def choose(self, scores: list[float]) -> list[int]:
+        """A token's experts with pruning, in words; experts are in the order of their ids."""
+        assert self.prune is not None
+        policy, devices, groups = self.prune
+        device = [expert * groups // len(scores) for expert in range(len(scores))]
+        table = SIMILARITY.tolist() if policy == "similarity" else None
+        return prune_token(scores, self.top_k, device, devices, table).experts
 
 
 PROBLEMS = {
@@ -130,6 +146,9 @@ PROBLEMS = {
     "dgmoe_one_device": Problem(5, top_k=1, block=("dgmoe",), favoured=4),
     "short_pos2": Problem(4, length=3, micro_batch=1, top_k=2, block=("scmoe", "pos2", 2, "cg1")),
     "short_dgmoe": Problem(5, length=3, micro_batch=1, top_k=1, block=("dgmoe",)),
+    "pruned": Problem(22, prune=("similarity", 2, 4)),
+    "pos1_pruned": Problem(5, block=("scmoe", "pos1", 1, "cg1"), prune=("router", 2, 4), balance="bias"),
+    "pos2_pruned": Problem(13, top_k=2, block=("scmoe", "pos2", 2, "cg2"), prune=("similarity", 1, 4)),
     "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
     "short_one_device": Problem(56, length=3, micro_batch=1, favoured=4, smallest_gap=5e-3),
 }
@@ -261,6 +280,14 @@ SHORTCUTS = [
     *two_ranks("dgmoe_one_device", ("dedup",), (1,)),
     Case(2, "local", 1, 1, problem="dgmoe"),
 ]
+PRUNED = [
+    *two_ranks("pruned", ("dedup",), (1,), checkpointing="selective"),
+    *two_ranks("pos1_pruned", BOTH, (1,), accumulation=3),
+    *two_ranks("pos1_pruned", ("dedup",), (3,), checkpointing="selective"),
+    *two_ranks("pos2_pruned", ("dedup",), (2,)),
+    *two_ranks("pos2_pruned", ("dedup",), (1, 3), checkpointing="selective"),
+]
+"""Were other devices picked on the way back, gradients would be far off."""
 FUSED = [
     Case(2, "dedup", stage, 2, 1, "permuted", "short", checkpointing=checkpointing, backend="fused", overlap=overlap)
     for stage, checkpointing, overlap in (
@@ -377,6 +404,9 @@ def configure(case: Case, folder: Path) -> Config:
         table = {layer: slots(case, layer) for layer in config.model.moe_layers}
         path.write_text(json.dumps({"num_experts": config.model.num_experts, "slot_to_expert": table}))
         config.moe.placement = str(path)
+    if problem.prune is not None:
+        policy, devices, groups = problem.prune
+        config.moe.prune = PruneConfig(policy, devices, groups)
     config.validate()
     config.validate_ranks(case.world)
     return config
@@ -425,6 +455,7 @@ class Run:
         for name, parameter in names.items():
             parameter.data.copy_(own_part(parameter, weights[name]))
         self._check_homes({layer: slots(case, layer) for layer in config.model.moe_layers})
+        self.model.set_similarity(SimilarityTables({layer: SIMILARITY for layer in config.model.moe_layers}))
         self.engine = build_engine(config, self.grid, model=self.model)
 
     def _move(self, step: int) -> None:
@@ -616,7 +647,9 @@ def plain_bf16_error(problem: str) -> float:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "case", [*EXACT, *SHORTCUTS, *FUSED, *(pytest.param(c, marks=pytest.mark.slow) for c in FUSED_MORE)], ids=str
+    "case",
+    [*EXACT, *SHORTCUTS, *PRUNED, *FUSED, *(pytest.param(c, marks=pytest.mark.slow) for c in FUSED_MORE)],
+    ids=str,
 )
 def test_ranks_compute_what_one_process_does(case: Case, outcomes: Outcomes) -> None:
     check(case, outcomes[case], dict.fromkeys(KINDS, TOLERANCE))

@@ -64,6 +64,8 @@ class PlainConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    prune: Callable[[list[float]], list[int]] | None = None
+    """A token's experts by its scores, if they are not the K best."""
 
     @property
     def kv_heads(self) -> int:
@@ -248,6 +250,9 @@ def route(logits: Tensor, config: PlainConfig, bias: Tensor | None = None) -> Ro
     ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     experts = order[:, :k]
     gap = math.inf if k == config.num_experts else float((ordered[:, k - 1] - ordered[:, k]).min())
+    if config.prune is not None:
+        experts = torch.tensor([config.prune(row) for row in scores.tolist()])
+        gap = float((ordered[:, :-1] - ordered[:, 1:]).min())  # it hangs on the order of all
     weights = probs.gather(1, experts)
     if config.norm_topk_prob:
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Make a file of mixed text and code: `python -m occult_train.tools.bench.mixed_text OUTPUT.jsonl.xz`.
+"""Make a file of mixed text and code: `python -m occult_train.tools.bench.mixed_text OUTPUT.jsonl.xz [--code FILE]`.
 
 A freely available mixture that needs no hub: prose, dictionaries, manuals and the King James Bible from Debian's
 packages (fetched with apt-get), and the Python files of this interpreter's standard library. About 115 MB of text,
@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 
 PACKAGES = ("anarchism", "bible-kjv", "bible-kjv-text", "dict-gcide", "perl-doc", "wordnet-base")
@@ -73,8 +74,8 @@ def glosses(lines: Iterable[str]) -> Iterator[str]:
             yield f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}\n"
 
 
-def documents(root: Path) -> Iterator[str]:
-    """All documents of the unpacked packages, and those of the standard library."""
+def prose(root: Path) -> Iterator[str]:
+    """All documents of the unpacked packages."""
     for page in sorted(root.glob("usr/share/doc/anarchism/**/*.html")):
         yield page_text(page.read_text(errors="replace"))
     for manual in sorted(root.glob("usr/share/perl/*/pod/*.pod")):
@@ -87,6 +88,10 @@ def documents(root: Path) -> Iterator[str]:
     verses = [str(root / "usr/bin/bible"), "-p", str(root / "usr/lib"), "gen1:1-rev22:21"]
     bible = subprocess.run(verses, check=True, capture_output=True, text=True).stdout
     yield from chunks(bible.splitlines(keepends=True))
+
+
+def code() -> Iterator[str]:
+    """Those of the standard library."""
     for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if "site-packages" not in source.parts:
             yield source.read_text(errors="replace")
@@ -104,11 +109,21 @@ def main() -> None:
     """Write the file, and say how much went in."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    output: Path = parser.parse_args().output
+    parser.add_argument("--code", type=Path, help="Code into a file of its own.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = prose(fetch(Path(folder)))
+        write(given.output, texts if given.code else chain(texts, code()))
+    if given.code:
+        write(given.code, code())
+
+
+def write(output: Path, documents: Iterable[str]) -> None:
+    """One document a line; says how much went in."""
     output.parent.mkdir(parents=True, exist_ok=True)
     count, size = 0, 0
-    with tempfile.TemporaryDirectory() as folder, lzma.open(output, "wt", preset=6) as file:
-        for document in documents(fetch(Path(folder))):
+    with lzma.open(output, "wt", preset=6) as file:
+        for document in documents:
             file.write(json.dumps({"text": document}) + "\n")
             count, size = count + 1, size + len(document)
     print(f"{output}: {count:,} documents, {size / 1e6:.1f} million characters, {output.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,299 @@
+"""Fine-tune one base model with and without pruning, again and again in one process, a CSV line for each run.
+
+python -m occult_train.tools.bench.pruning_tune BASE CORPUS OUTPUT.csv [--groups 8] [--seconds 540] [path=value ...]
+
+BASE is a run or a checkpoint, CORPUS its fine-tuning text; settings change those of configs/finetune_pruned.yaml. The
+base is read once. Its experts are then placed for so many devices by how CORPUS uses them (the paper's greedy way), and
+its similarity tables are made of the same tokens; all runs share both. What the CSV has is not run again, nothing is
+begun that would not end within --seconds, and the same command goes on.
+"""
+
+import argparse
+import csv
+import hashlib
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from occult_train import beginning, distributed
+from occult_train.checkpoint import state
+from occult_train.checkpoint.store import MANIFEST, WeightsAlone
+from occult_train.config import Config, load
+from occult_train.data.loader import Batches, build_datasets, resolve_vocab
+from occult_train.data.samples import NOT_COUNTED, HeldOut
+from occult_train.engine import build_engine, learning_rate, set_learning_rate
+from occult_train.errors import UserError
+from occult_train.moe.collecting import RoutingCollector
+from occult_train.moe.costs import rows_moved
+from occult_train.moe.pruning import PruneConfig, Pruner
+from occult_train.moe.similarity import SimilarityTables
+from occult_train.moe.solver import device_of, solve
+from occult_train.moe.statistics import RoutingStatistics
+from occult_train.parallel import zero
+from occult_train.parallel.grid import Grid
+
+RECIPE = "configs/finetune_pruned.yaml"
+LIMITS = (1, 2, 4)
+"""m of the pruned runs."""
+PASSES = 4
+"""Exchanges of a training step that move a row of a token and device: dispatch, combine, and their ways back."""
+CALIBRATION = 256
+"""Sequences of the training text that placement and similarity are made of."""
+UNTIMED = 10
+"""First steps of a run, which compile and warm up."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run."""
+
+    base: str
+    """Digest of the base model's checkpoint."""
+    policy: str
+    devices: int
+    """m; as many as there are for the run without pruning."""
+    groups: int
+    seed: int
+    """Of the order of the text; the base is the same for all."""
+    steps: int
+    tokens: int
+    loss_before: float
+    """Held-out loss with this routing before fine-tuning."""
+    loss: float
+    c_t: float
+    """Devices a token uses, mean over layers and held-out tokens."""
+    bytes_token: float
+    """That a token moves between devices in a layer and training step, spread evenly over them, in half precision."""
+    step_ms: float
+    device: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How tokens are routed."""
+
+    policy: str
+    devices: int
+
+
+def variants(groups: int) -> list[Variant]:
+    """Without pruning, then the cheapest first."""
+    return [Variant("none", groups), *(Variant(p, m) for m in LIMITS if m < groups for p in ("router", "similarity"))]
+
+
+class DeviceCounter:
+    """How many devices tokens use, over all layers; it makes the host wait for nothing."""
+
+    def __init__(self, device_E: Tensor, groups: int) -> None:
+        self.device_E, self.groups = device_E, groups
+        self.used, self.tokens = torch.zeros((), dtype=torch.int64, device=device_E.device), 0
+
+    def add(self, experts_TK: Tensor) -> None:
+        """Take in a layer's choices."""
+        used_TG = torch.zeros(len(experts_TK), self.groups, dtype=torch.bool, device=experts_TK.device)
+        self.used += used_TG.scatter_(1, self.device_E[experts_TK], True).sum()
+        self.tokens += len(experts_TK)
+
+
+class Study:
+    """The base model, and runs from it."""
+
+    def __init__(self, config: Config, groups: int) -> None:
+        self.config, self.groups, self.grid = config, groups, Grid.create(1)
+        config.model.vocab_size = resolve_vocab(config.data, config.model.vocab_size)
+        start = beginning.find(config)
+        if not isinstance(start, WeightsAlone):
+            raise UserError(f"{config.model.from_pretrained} is no run or checkpoint of ours")
+        wanted = load([str(start.folder / "config.yaml")]).train.steps
+        if start.taken_at < wanted:
+            raise UserError(f"{start.folder} is not trained to the end, which is train.steps={wanted}")
+        self.base = hashlib.sha256((start.folder / MANIFEST).read_bytes()).hexdigest()[:12]
+        self.engine = build_engine(config, self.grid)
+        self.model = self.engine.module
+        self.device = self.model.lm_head.weight.device
+        _, self.valid = self._data(0)
+        state.load(self.engine, self.grid, start)
+        found = self._calibrate()
+        self.tables = SimilarityTables.of(found, "of the base")
+        for index, layer in self.model.moe_layers().items():
+            layer.place(solve("greedy", found.layers[index], groups))
+        state.load(self.engine, self.grid, start)  # weights by where experts are now
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.weights = {name: zero.get_full(self.engine, p, "param").clone() for name, p in trained.items()}
+
+    def run(self, variant: Variant, seed: int) -> Row:
+        """Fine-tune, with the held-out loss before and after."""
+        config = self.config
+        self._restore()
+        self._route(variant)
+        before, _ = self.evaluate()
+        seconds = self._train(seed)
+        after, c_t = self.evaluate()
+        tokens = config.train.steps * config.train.global_batch_size * config.data.sequence_length
+        row_bytes = 2 * config.model.hidden_size
+        moved = PASSES * rows_moved(c_t, self.groups) * row_bytes
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        how = (self.base, variant.policy, variant.devices, self.groups, seed, config.train.steps, tokens)
+        return Row(*how, before, after, c_t, moved, 1000 * seconds, name)
+
+    def _calibrate(self) -> RoutingStatistics:
+        """Routing of the base on the training text, with similarity."""
+        collector = RoutingCollector(self.model.moe_layers(), 50_000, 0, self.device, similarity=True)
+        data, _ = self._data(0)
+        self.model.eval()
+        with collector.counting(), torch.no_grad():
+            for first in range(0, CALIBRATION, self._micro):
+                rows = [data[i]["input_ids"] for i in range(first, min(first + self._micro, CALIBRATION))]
+                self.model(torch.stack(rows).to(self.device))
+        return collector.gather({})
+
+    def _restore(self) -> None:
+        """The base's weights, and an optimizer that has taken no step."""
+        parameters = dict(self.model.named_parameters())
+        zero.make_states(self.engine)
+        for name, value in self.weights.items():
+            zero.set_full(self.engine, parameters[name], "param", value)
+            zero.push_weights(self.engine, parameters[name], value)
+            for kind in zero.STATES:
+                zero.set_full(self.engine, parameters[name], kind, torch.zeros_like(value))
+        zero.set_adam_step(self.engine, 0)
+
+    def _route(self, variant: Variant) -> None:
+        for index, layer in self.model.moe_layers().items():
+            layer.pruner = None
+            if variant.policy != "none":
+                prune = PruneConfig(variant.policy, variant.devices, self.groups)
+                layer.pruner = Pruner(prune, index, self.config.model.num_experts)
+        self.model.set_similarity(self.tables)
+
+    def _train(self, seed: int) -> float:
+        """All steps. Returns the mean seconds of a step, the first few left out."""
+        config = self.config
+        data, _ = self._data(seed)
+        batches = Batches(data, consumed_samples=0, micro_batch_size=self._micro, rank=0, world_size=1)
+        untimed = min(UNTIMED, config.train.steps - 1)
+        self.model.train()
+        started = time.perf_counter()
+        for step in range(config.train.steps):
+            if step == untimed:
+                self._wait()
+                started = time.perf_counter()
+            set_learning_rate(self.engine, learning_rate(config, step))
+            for _ in range(config.accumulation_steps(1)):
+                batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
+                self.engine.backward(self.engine(**batch))
+                self.engine.step()
+            self.model.finish_step()
+        self._wait()
+        return (time.perf_counter() - started) / (config.train.steps - untimed)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss over the first eval.sequences held-out sequences, and devices a token."""
+        layers = self.model.moe_layers().values()
+        homes = [device_of(layer.placement, self.groups).to(self.device) for layer in layers]
+        counters = [DeviceCounter(device_E, self.groups) for device_E in homes]
+        for layer, counter in zip(layers, counters, strict=True):
+            layer.counters.append(counter)
+        total, micro = min(self.config.eval.sequences or len(self.valid), len(self.valid)), self._micro
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for first in range(0, total, micro):
+            rows = [self.valid[i] for i in range(first, min(first + micro, total))]
+            batch = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+            counted = (batch["labels"] != NOT_COUNTED).sum()
+            sums += torch.stack((self.model(**batch).double() * counted, counted.double()))
+        for layer in layers:
+            layer.counters.pop()
+        used = statistics.mean(float(counter.used) / counter.tokens for counter in counters)
+        return float(sums[0] / sums[1]), used
+
+    @property
+    def _micro(self) -> int:
+        return self.config.train.micro_batch_size
+
+    def _data(self, seed: int) -> tuple[Any, HeldOut]:
+        return build_datasets(self.config.data, seed, vocab_size=self.config.model.vocab_size)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The runs of a CSV; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        kinds = get_type_hints(Row)
+        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a run to a CSV, which has a head from the first one on."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def left(done: list[Row], groups: int, seeds: int, base: str, path: Path) -> list[tuple[Variant, int]]:
+    """The runs to make: all ways with one seed before the next.
+
+    Raises:
+        UserError: the CSV is of another base.
+    """
+    others = {row.base for row in done} - {base}
+    if others:
+        raise UserError(f"{path} has runs of the base {others.pop()}, this one is {base}; name another file")
+    made = {(Variant(row.policy, row.devices), row.seed) for row in done}
+    wanted = [(variant, seed) for seed in range(1, seeds + 1) for variant in variants(groups)]
+    return [run for run in wanted if run not in made]
+
+
+def main() -> None:
+    """Make the runs that are left and that there is time for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("corpus")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    given = parser.parse_intermixed_args()
+    begun = time.perf_counter()
+    unpruned = ["moe.prune.policy=none", "moe.prune.devices=0", "data.mask_documents=false"]
+    places = [f"model.from_pretrained={given.base}", f"data.path={given.corpus}", "checkpoint.resume=none"]
+    config = load([RECIPE, *places, *unpruned, *given.settings])
+    distributed.prepare_environment()
+    distributed.initialize()
+    distributed.set_deepspeed_log(False)
+    study = Study(config, given.groups)
+    runs = left(read_rows(given.output), given.groups, given.seeds, study.base, given.output)
+    print(f"base {study.base}, {len(runs)} runs to make; set up in {time.perf_counter() - begun:.0f} s", flush=True)
+    longest = 0.0
+    for number, (variant, seed) in enumerate(runs):
+        started = time.perf_counter()
+        if started - begun + longest > given.seconds:
+            print(f"{len(runs) - number} runs are left; the same command goes on")
+            break
+        row = study.run(variant, seed)
+        append(given.output, row)
+        seconds = time.perf_counter() - started
+        longest = max(longest, seconds)
+        losses = f"loss {row.loss_before:.4f} -> {row.loss:.4f}, C_T {row.c_t:.3f}"
+        run = f"{row.policy} m={row.devices} seed {seed}"
+        print(f"{run}: {losses}, {row.step_ms:.1f} ms a step, {seconds:.0f} s", flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
