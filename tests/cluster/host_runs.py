@@ -1,0 +1,60 @@
+"""Commands typed on a host."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from occult_train.tools.bench.hosts import Host
+
+BIN = Path(sys.executable).parent
+HERE = Path(__file__).parent
+OCCULT = [sys.executable, "-m", "occult_train.launcher.cli"]
+TELLING = [sys.executable, str(HERE / "telling_occult.py")]
+"""`occult` whose ranks say where they are and end."""
+CONFIG = """
+model: {hidden_size: 32, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 4,
+        num_experts: 8, num_experts_per_tok: 3, max_position_embeddings: 64}
+data: {path: corpus, sequence_length: 32}
+train: {global_batch_size: 8, micro_batch_size: 2, precision: fp32, steps: 3}
+parallel: {expert: 4}
+eval: {interval: 0, sequences: 7}
+checkpoint: {interval: 0}
+monitor: {interval: 1}
+"""
+SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This one's, without what would tell ranks apart, and with the modules beside the tests."""
+    given = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": _paths(), **more}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
+        given.pop(name, None)
+    return given
+
+
+def _paths() -> str:
+    return os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
+def typed(host: Host, words: list[str], folder: Path, seconds: float = SECONDS, **variables: str) -> Ended:
+    """Run a command on a host to its end."""
+    done = subprocess.run(
+        host.command(*words, folder=folder),
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout)
