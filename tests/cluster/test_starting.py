@@ -146,7 +146,7 @@ def test_every_way_of_starting_gives_the_same_run(two: list[Host], folder: Path)
     found = {}
     for name, words in starts.items():
         # these hosts share a kernel, by which UCX takes them for one machine with shared memory
-        ended = typed(two[0], [*words, "a.yaml", f"output={name}"], folder, UCX_TLS="tcp")
+        ended = typed(two[0], [*words, "a.yaml", f"output={name}", "moe.dispatcher=dedup"], folder, UCX_TLS="tcp")
         assert ended.code == 0, ended.out
         found[name] = losses(folder / name)
         assert [step for step, _, _ in found[name]] == [1, 2, 3]

@@ -25,9 +25,9 @@ def test_where_the_network_is_all_the_gain_is_that_of_rows() -> None:
 
 def test_where_fanning_out_costs_most_there_is_none() -> None:
     assert gain_by_node(Shape(4, 4, 2), Cluster(2, Link(0.0, 1.0), Link(0.0, 1.0)), 64, 8, 1000, 1024) < 1
-    assert gain_by_node(Shape(4, 4, 2), Cluster(2, Link(0.0, 1e9), Link(0.0, 1.0)), 64, 1, 1000, 1024) == pytest.approx(
-        1
-    )
+    # one expert a token: as many copies either way, but for the sample's unevenness over devices
+    network_alone = Cluster(2, Link(0.0, 1e9), Link(0.0, 1.0))
+    assert gain_by_node(Shape(4, 4, 2), network_alone, 64, 1, 1000, 1024) == pytest.approx(1, rel=0.05)
 
 
 def test_the_hostfile_decides() -> None:
