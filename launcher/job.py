@@ -14,6 +14,8 @@ from occult_train.jobfiles import Failure, JobFiles, RankProcess
 
 POLL_SECONDS = 0.2
 REPEAT_SECONDS = 0.5
+AFTER_REPORT_SECONDS = 20.0
+"""How long a job of several hosts may take to end by itself once a rank has reported why."""
 TERMINATE_SECONDS = 10.0
 """How long DeepSpeed's runner may take to end its processes on other hosts."""
 
@@ -73,11 +75,16 @@ class Job:
             self._received_at = now
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        reported_at = None
         while True:
             try:
                 return self._exit_code(process.wait(timeout=POLL_SECONDS))
             except subprocess.TimeoutExpired:
                 pass
+            if self._multi_host and reported_at is None and self._files.report.exists():
+                reported_at = time.monotonic()
+            if reported_at is not None and time.monotonic() - reported_at > AFTER_REPORT_SECONDS:
+                return self._give_up(process)
             if self._received and not self._stopping:
                 self._stopping = self._ask_to_stop()
             if self._received and (not self._stopping or len(self._received) > 1):
@@ -105,6 +112,13 @@ class Job:
             self._wait_up_to(process, TERMINATE_SECONDS)
         return 128 + self._received[-1]
 
+    def _give_up(self, process: subprocess.Popen[bytes]) -> int:
+        """End a job that has failed and does not end: a host that is gone answers nobody."""
+        process.terminate()
+        self._wait_up_to(process, TERMINATE_SECONDS)
+        failure = self._files.failure()
+        return failure.exit_code if failure is not None else 1
+
     def _wait_up_to(self, process: subprocess.Popen[bytes], seconds: float) -> None:
         try:
             process.wait(timeout=seconds)
@@ -115,9 +129,8 @@ class Job:
         """DeepSpeed's runner exits with 0 when its own child was killed, so success needs rank 0's word as well."""
         if code < 0:
             return 128 - code
-        if code == 0 and not self._multi_host and not self._files.ended_well():
-            return 1
-        return code
+        failed = self._files.report.exists() or not (self._multi_host or self._files.ended_well())
+        return 1 if code == 0 and failed else code
 
     def _clear(self, process: subprocess.Popen[bytes]) -> None:
         """Kill what is left on this host: the session of the command, and ranks that recorded themselves."""

@@ -83,6 +83,7 @@ LEAST = {
     1: (
         *("parallel.expert", "train.steps", "train.global_batch_size", "train.micro_batch_size"),
         *("data.sequence_length", "monitor.interval"),
+        *("parallel.lost_after", "parallel.stuck_after"),
         *("moe.statistics.sample", "moe.replace.window", "moe.replace.load_bound"),
     ),
     0: (
@@ -147,6 +148,10 @@ class ParallelConfig:
 
     expert: int = 1
     """Expert-parallel size: ranks over which the experts of a layer are spread."""
+    lost_after: float = 30.0
+    """Seconds without a sign of life after which a rank counts as lost and the job ends."""
+    stuck_after: float = 1800.0
+    """Seconds after which a step that has not ended (evaluation and saving included) ends the job."""
 
 
 @dataclass
