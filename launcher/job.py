@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ POLL_SECONDS = 0.2
 REPEAT_SECONDS = 0.5
 AFTER_REPORT_SECONDS = 20.0
 """How long a job of several hosts may take to end by itself once a rank has reported why."""
+SSH_SECONDS = 5
 TERMINATE_SECONDS = 10.0
 """How long DeepSpeed's runner may take to end its processes on other hosts."""
 
@@ -31,13 +33,22 @@ class Job:
         environment: of that command.
         files: of the launch.
         multi_host: whether ranks run on other hosts too.
+        others: hosts beside this one on which ranks run, reached by ssh; empty for none.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], files: JobFiles, multi_host: bool) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        files: JobFiles,
+        multi_host: bool,
+        others: Sequence[str] = (),
+    ) -> None:
         self._command = command
         self._environment = environment
         self._files = files
         self._multi_host = multi_host
+        self._others = others
         self._received: list[int] = []
         self._received_at = 0.0
         self._stopping = False
@@ -53,7 +64,10 @@ class Job:
             process = subprocess.Popen(
                 self._command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
             )
-            return self._wait(process)
+            code = self._wait(process)
+            if code:
+                self._clear_others()
+            return code
         finally:
             if process is not None:
                 self._clear(process)
@@ -146,6 +160,27 @@ class Job:
         while _session(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         self._files.remove()
+
+    def _clear_others(self) -> None:
+        """Kill what is left of a job that has failed on hosts that can be reached, such as a stopped process."""
+        pattern = f"[j]ob={self._files.launch}"  # which is not found in the command that looks for it
+        words = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
+        running = [
+            subprocess.Popen(
+                [*words, host, f"pkill -KILL -f '{pattern}'"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for host in self._others
+        ]
+        deadline = time.monotonic() + 2 * SSH_SECONDS
+        for process in running:
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _session(leader: int) -> list[psutil.Process]:

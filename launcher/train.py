@@ -8,7 +8,7 @@ from pathlib import Path
 from occult_train.config import load
 from occult_train.deepspeed_options import check_deepspeed
 from occult_train.jobfiles import JobFiles, new_launch
-from occult_train.launcher import faults, plan
+from occult_train.launcher import faults, hostfile, plan
 from occult_train.launcher.job import Job, say
 
 MODULE = "occult_train.train"
@@ -32,7 +32,8 @@ def launch(settings: list[str], options: plan.Options, module: str = MODULE) -> 
     command = _command(settings, options, made, files, module)
     files.create()
     say(made.announcement)
-    job = Job(command, _environment(made), files, made.multi_host)
+    others = [host for host in made.slots if made.multi_host and not hostfile.is_this_machine(host)]
+    job = Job(command, _environment(made), files, made.multi_host, others)
     code = job.run()
     if code and not job.ended and (words := faults.explain(code, files)):
         say(words)

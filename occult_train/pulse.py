@@ -35,6 +35,10 @@ class Limits:
     """Without the end of a step."""
 
 
+class _NoAnswer(RuntimeError):
+    """The store's owner has not answered in time."""
+
+
 @dataclass
 class _Seen:
     """What rank 0 has heard of a rank."""
@@ -81,6 +85,7 @@ class Pulse:
         self._seen: list[_Seen] = []
         self._moved = time.monotonic()
         self._beats = 0
+        self._answered = True
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="occult-pulse", daemon=True)
         self._beat()
@@ -101,16 +106,18 @@ class Pulse:
 
     def claim(self, failure: Failure) -> Failure:
         """Tell all ranks of a failure, and return the first that was told of. Without the store, it is this one."""
+        if not self._answered:
+            return failure
+        text = json.dumps(asdict(failure))
         try:
-            told = self._store.compare_set(FAILED, "", json.dumps(asdict(failure)))
-            return Failure(**json.loads(told))
+            return Failure(**json.loads(self._ask(lambda: self._store.compare_set(FAILED, "", text))))
         except (RuntimeError, ValueError, TypeError):
             return failure
 
     def suspect(self) -> None:
         """Tell rank 0 that a connection to some rank has broken."""
         try:
-            self._store.set(BROKEN, "1")
+            self._ask(lambda: self._store.set(BROKEN, "1"))
         except RuntimeError:
             return  # rank 0 is the one that is gone, as the thread finds too
 
@@ -119,13 +126,44 @@ class Pulse:
     def _run(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
             try:
-                self._beat()
-                found = self._first_failure() or (self._missed() if self._rank == 0 else None)
+                found = self._ask(self._round)
             except RuntimeError as error:  # torch's errors of stores are of this class
                 found = self._without_store(error)
             if found is not None and not self._closed.is_set():
                 self._end(self.claim(found))
                 return
+
+    def _round(self) -> Failure | None:
+        """One beat, and what is heard."""
+        self._beat()
+        if self._store.check([FAILED]):
+            return Failure(**json.loads(self._store.get(FAILED)))
+        return self._missed() if self._rank == 0 else None
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """Ask the store, in a thread: against an owner that is stopped or cut off it has no time-out that works.
+
+        Raises:
+            _NoAnswer: none came in time.
+            RuntimeError: the store's.
+        """
+        answers: list[Any] = []
+        errors: list[RuntimeError] = []
+
+        def run() -> None:
+            try:
+                answers.append(question())
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="occult-pulse-question", daemon=True)
+        thread.start()
+        thread.join(self._limits.lost_after)
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise _NoAnswer
+        return answers[0]
 
     def _beat(self) -> None:
         self._beats += 1
@@ -140,20 +178,16 @@ class Pulse:
             frame = frame.f_back
         return False
 
-    def _first_failure(self) -> Failure | None:
-        if not self._store.check([FAILED]):
-            return None
-        return Failure(**json.loads(self._store.get(FAILED)))
-
     def _without_store(self, error: RuntimeError) -> Failure | None:
         """Rank 0 does not answer. It is gone well if this rank is about to end too."""
+        self._answered = False
         if self._closed.wait(LEAVING_SECONDS):
             return None
         first = self._ranks[0]
-        timed_out = "timeout" in str(error).lower() or "timed out" in str(error).lower()
-        why = f"{_silence(self._limits.lost_after)}: host down, cut off or process stopped?"
-        gone = f"process {first.pid} is gone: killed, or out of memory?"
-        return Failure("lost", 0, first.host, self._step(), why if timed_out else gone)
+        text = f"process {first.pid} is gone: killed, or out of memory?"
+        if isinstance(error, _NoAnswer):
+            text = f"{_silence(self._limits.lost_after)}: host down, cut off or process stopped?"
+        return Failure("lost", 0, first.host, self._step(), text)
 
     def _missed(self) -> Failure | None:
         """What rank 0 makes of everybody's last words."""
@@ -184,7 +218,7 @@ class Pulse:
         text = (
             f"{_silence(patience)} from {f'any rank of host {host}' if whole else f'process {self._ranks[rank].pid}'}"
         )
-        return Failure("lost", rank, host, self._seen[rank].step, f"{text}: {why}")
+        return Failure("lost", rank, host, self._step(), f"{text}: {why}")
 
     def _stuck(self) -> Failure:
         """Named after the rank for which the others wait, if there is one."""

@@ -1,8 +1,11 @@
 """Commands typed on a host."""
 
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,8 @@ HERE = Path(__file__).parent
 OCCULT = [sys.executable, "-m", "occult_train.launcher.cli"]
 TELLING = [sys.executable, str(HERE / "telling_occult.py")]
 """`occult` whose ranks say where they are and end."""
+FAULTY = [sys.executable, str(HERE / "faulty_occult.py")]
+"""`occult` whose ranks meet with the fault of `fault.json`."""
 CONFIG = """
 model: {hidden_size: 32, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 4,
         num_experts: 8, num_experts_per_tok: 3, max_position_embeddings: 64}
@@ -32,6 +37,8 @@ class Ended:
 
     code: int
     out: str
+    seconds: float = 0.0
+    """Since a fault."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -58,3 +65,41 @@ def typed(host: Host, words: list[str], folder: Path, seconds: float = SECONDS, 
         check=False,
     )
     return Ended(done.returncode, done.stdout)
+
+
+def with_fault(
+    host: Host,
+    words: list[str],
+    folder: Path,
+    fault: dict[str, object],
+    bound: float,
+    outside: Callable[[], None] = lambda: None,
+) -> Ended:
+    """Run a command on a host to its end, which must come within a bound after the fault.
+
+    Args:
+        words: of which the run's folder is `run`.
+        fault: rank, step and kind, as `faulty_rank` takes it.
+        outside: what is done from outside once the rank has come to the step.
+    """
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    (run / "fault.json").write_text(json.dumps(fault))
+    with (folder / "log").open("w") as log:
+        command = host.command(*words, folder=folder)
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (run / "reached").exists():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        start = time.monotonic()
+        outside()
+        code = process.wait(timeout=bound)
+        return Ended(code, (folder / "log").read_text(), time.monotonic() - start)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"still running {bound} s after the fault:\n{(folder / 'log').read_text()}") from None
+    finally:
+        process.kill()
+        process.wait()

@@ -166,11 +166,16 @@ def _spaces(number: int, *words: str) -> list[str]:
 def _host(number: int, folder: Path) -> Iterator[Host]:
     with (folder / f"log-node{number}").open("wb") as log:
         outer = subprocess.Popen(_spaces(number, "sh", str(folder / f"begin-node{number}")), stdout=log, stderr=log)
+    host = None
     try:
-        yield _await(outer, number, folder)
+        host = _await(outer, number, folder)
+        yield host
     finally:
         outer.kill()  # and with it the host
         outer.wait()
+        deadline = time.monotonic() + START_SECONDS
+        while host is not None and psutil.pid_exists(host.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def _await(outer: "subprocess.Popen[bytes]", number: int, folder: Path) -> Host:

@@ -49,6 +49,8 @@ def limited(ranks: int, rate: str, delay: str = "") -> Iterator[None]:
         for rank in range(ranks):
             _run("ip", "netns", "add", _namespace(rank))
             stack.callback(_quietly, "ip", "netns", "del", _namespace(rank))
+            # with a namespace its interfaces go too, but not at once
+            stack.callback(_quietly, "ip", "link", "del", f"{_bridge()}-{rank}")
             _connect(rank, rate, delay)
         yield
 
