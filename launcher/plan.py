@@ -206,6 +206,22 @@ def _check_reachable(hosts: list[str]) -> None:
         list(pool.map(lambda host: _ssh(host, "true"), remote))
 
 
+def unreachable(hosts: list[str]) -> list[str]:
+    """Those of the hosts that do not answer ssh."""
+
+    def fails(host: str) -> bool:
+        if hostfile.is_this_machine(host):
+            return False
+        try:
+            _ssh(host, "true")
+        except UserError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return [host for host, failed in zip(hosts, pool.map(fails, hosts), strict=True) if failed]
+
+
 def _address_of(host: str) -> str:
     """The first address that a host gives itself, as DeepSpeed finds it."""
     command = "hostname -I"

@@ -18,7 +18,7 @@ from occult_train.data.loader import Batches, build_datasets, open_corpora, reso
 from occult_train.data.tokenizer import load_tokenizer
 from occult_train.distributed import LOCAL_SIZE_VARIABLES, first_number
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
-from occult_train.errors import writing
+from occult_train.errors import TrainingDiverged, writing
 from occult_train.faults import StopSignal, set_step
 from occult_train.hub.source import HubModel
 from occult_train.meter import StepMeter, StepRecord, peak_flops
@@ -32,10 +32,6 @@ from occult_train.statistics_window import StatisticsWindow
 from occult_train.stopvote import StopVote
 
 _ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-class TrainingDiverged(Exception):
-    """The loss is no longer a number."""
 
 
 def run(config: Config) -> int:

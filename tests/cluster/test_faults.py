@@ -62,13 +62,13 @@ def headline(out: str) -> str:
         ("kill", 0, r"rank 0 on host node0 at step \d: process \d+ is gone: killed, or out of memory\?"),
         ("stop", 1, rf"rank 1 on host node1 at step 2: no sign of life for 10 s {FROM}"),
         ("stop", 0, r"rank 0 on host node0 at step \d: no sign of life for 10 s: host down, .* stopped\?"),
-        ("dawdle", 1, r"rank 1 on host node1 at step 2: no step has ended for 12 s .*; 1 of 2 ranks wait for this one"),
+        ("dawdle", 1, r"rank 1 on host node1 at step 2: no step has ended for 30 s .*; 1 of 2 ranks wait for this one"),
     ],
 )
 def test_a_rank_that_fails_ends_the_job(
     two: list[Host], one_rank_each: Path, kind: str, rank: int, expected: str
 ) -> None:
-    words = [*FAULTY, *SETTINGS, "parallel.stuck_after=12"] if kind == "dawdle" else [*FAULTY, *SETTINGS]
+    words = [*FAULTY, *SETTINGS, "parallel.stuck_after=30"] if kind == "dawdle" else [*FAULTY, *SETTINGS]
     ended = with_fault(two[0], words, one_rank_each, {"kind": kind, "rank": rank, "step": 2}, BOUND)
     assert ended.code == (256 - 9 if kind == "kill" else 1), ended.out
     assert re.fullmatch(f"occult: {expected}", headline(ended.out)), ended.out
