@@ -151,3 +151,24 @@ def test_every_way_of_starting_gives_the_same_run(two: list[Host], folder: Path)
         found[name] = losses(folder / name)
         assert [step for step, _, _ in found[name]] == [1, 2, 3]
     assert all(one == found["one"] for one in found.values())
+
+
+@pytest.mark.cluster
+def test_only_checkpoints_need_a_disk_that_hosts_share(two: list[Host], folder: Path) -> None:
+    """The run's folder is each host's own but for its checkpoints; a failure is noted on every host."""
+    run, shared = two[0].private / "run", folder / "shared"
+    shared.mkdir()
+    for host in two:
+        assert typed(host, ["mkdir", str(run)], folder).code == 0
+        assert typed(host, ["ln", "-s", str(shared), str(run / "checkpoints")], folder).code == 0
+    words = [*OCCULT, "train", "--hostfile", "hosts", "a.yaml", f"output={run}", "moe.dispatcher=dedup"]
+    for steps in (3, 5):
+        ended = typed(two[0], [*words, f"train.steps={steps}"], folder)
+        assert ended.code == 0, ended.out
+    assert f"continuing {run}/checkpoints/step-00000003 at step 3" in ended.out
+    assert (shared / "step-00000005" / "checkpoint.json").exists()
+    assert typed(two[1], ["ls", str(run)], folder).out.split() == ["checkpoints"]
+    ended = typed(two[0], [*words, "train.steps=7", "optimizer.lr=1e30", "scheduler.warmup_steps=0"], folder)
+    assert ended.code == 1, ended.out
+    for host in two:
+        assert "kind: diverged" in typed(host, ["sh", "-c", f"cat {run}/errors/*"], folder).out
