@@ -22,7 +22,6 @@ SUSPECT_SECONDS = 5.0
 """Silence that is enough once a connection has broken."""
 LEAVING_SECONDS = 3.0
 """Between the end of rank 0 and the last rank's."""
-FAILED, BROKEN = "occult/failed", "occult/broken"
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,14 @@ class Pulse:
             return failure
         text = json.dumps(asdict(failure))
         try:
-            return Failure(**json.loads(self._ask(lambda: self._store.compare_set(FAILED, "", text))))
+            return Failure(**json.loads(self._ask(lambda: self._store.compare_set(_key("failed"), "", text))))
         except (RuntimeError, ValueError, TypeError):
             return failure
 
     def suspect(self) -> None:
         """Tell rank 0 that a connection to some rank has broken."""
         try:
-            self._ask(lambda: self._store.set(BROKEN, "1"))
+            self._ask(lambda: self._store.set(_key("broken"), "1"))
         except RuntimeError:
             return  # rank 0 is the one that is gone, as the thread finds too
 
@@ -136,8 +135,8 @@ class Pulse:
     def _round(self) -> Failure | None:
         """One beat, and what is heard."""
         self._beat()
-        if self._store.check([FAILED]):
-            return Failure(**json.loads(self._store.get(FAILED)))
+        if self._store.check([_key("failed")]):
+            return Failure(**json.loads(self._store.get(_key("failed"))))
         return self._missed() if self._rank == 0 else None
 
     def _ask(self, question: Callable[[], Any]) -> Any:
@@ -167,7 +166,7 @@ class Pulse:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(_key(self._rank), json.dumps([self._beats, self._step(), self._waits()]))
+        self._store.set(_key(f"beat/{self._rank}"), json.dumps([self._beats, self._step(), self._waits()]))
 
     def _waits(self) -> bool:
         """Whether the main thread is in a collective, where it waits for whoever is late."""
@@ -192,7 +191,9 @@ class Pulse:
     def _missed(self) -> Failure | None:
         """What rank 0 makes of everybody's last words."""
         now = time.monotonic()
-        beats = [beat.decode() for beat in self._store.multi_get([_key(rank) for rank in range(len(self._ranks))])]
+        beats = [
+            beat.decode() for beat in self._store.multi_get([_key(f"beat/{rank}") for rank in range(len(self._ranks))])
+        ]
         if not self._seen:
             self._seen = [_Seen(beat, now) for beat in beats]
         steps = [seen.step for seen in self._seen]
@@ -202,7 +203,9 @@ class Pulse:
         if steps != [seen.step for seen in self._seen]:
             self._moved = now
         patience = (
-            min(SUSPECT_SECONDS, self._limits.lost_after) if self._store.check([BROKEN]) else self._limits.lost_after
+            min(SUSPECT_SECONDS, self._limits.lost_after)
+            if self._store.check([_key("broken")])
+            else self._limits.lost_after
         )
         silent = [rank for rank, seen in enumerate(self._seen) if now - seen.since > patience]
         if silent:
@@ -231,8 +234,9 @@ class Pulse:
         return Failure("lost", rank, self._ranks[rank].host, self._seen[rank].step, waiting)
 
 
-def _key(rank: int) -> str:
-    return f"occult/beat/{rank}"
+def _key(name: str) -> str:
+    """In the store, which torchrun keeps when it starts ranks anew."""
+    return f"occult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
 def _silence(seconds: float) -> str:

@@ -7,7 +7,7 @@ Hosts are networks of this machine; their ranks reach each other over the loopba
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from occult_train.config import load
 from occult_train.engine import build_engine
 from occult_train.errors import UserError
+from occult_train.parallel.all_to_all import Work
 from occult_train.parallel.grid import Grid
 from occult_train.parallel.traffic import PASSES
 from occult_train.tools.bench.networks import INTERFACE, address, limited, prefix
@@ -84,19 +85,21 @@ class Clock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count while the context lasts."""
-        original = dist.all_to_all_single
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            before = time.perf_counter()
-            result = original(*args, **kwargs)
-            self.seconds += time.perf_counter() - before
-            return result
-
-        dist.all_to_all_single = timed
+        launched, waited = dist.all_to_all_single, Work.wait
+        dist.all_to_all_single, Work.wait = self._timed(launched), self._timed(waited)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            dist.all_to_all_single = original
+            dist.all_to_all_single, Work.wait = launched, waited  # type: ignore[method-assign]
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - before
+            return result
+
+        return timed
 
 
 def measure(fields: dict[str, Any]) -> dict[str, Any]:
