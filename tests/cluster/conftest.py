@@ -18,9 +18,9 @@ def allowed() -> None:
         pytest.skip(f"no test cluster: {missing}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two(allowed: None) -> Iterator[list[hosts.Host]]:
-    """Two hosts."""
+    """Two hosts for one test, which may lose them or leave them as they should not be."""
     with hosts.cluster(2) as made:
         yield made
 
@@ -44,3 +44,10 @@ def folder(tmp_path: Path, text: Path) -> Path:
     (tmp_path / "corpus").symlink_to(text)
     (tmp_path / "hosts").write_text("node0 slots=2\nnode1 slots=2\n")
     return tmp_path
+
+
+@pytest.fixture
+def one_rank_each(folder: Path) -> Path:
+    """The same with hosts of one slot."""
+    (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    return folder

@@ -103,3 +103,11 @@ def with_fault(
     finally:
         process.kill()
         process.wait()
+
+
+def left_on(made: list[Host]) -> list[str]:
+    """Command lines of processes that still run on hosts after a few seconds."""
+    deadline = time.monotonic() + 10
+    while any(host.processes() for host in made) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [" ".join(process.cmdline()) for host in made for process in host.processes()]

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from host_runs import FAULTY, typed, with_fault
-from test_faults import left_on, two  # noqa: F401
+from host_runs import FAULTY, left_on, typed, with_fault
 
 from occult_train.tools.bench.hosts import Host
 
@@ -28,15 +27,8 @@ def undisturbed(host: Host, folder: Path, settings: list[str]) -> list[dict[str,
     return records(folder / "calm")
 
 
-@pytest.fixture
-def one_rank_each(folder: Path) -> Path:
-    """Two hosts of one slot."""
-    (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
-    return folder
-
-
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
-    two: list[Host],  # noqa: F811
+    two: list[Host],
     one_rank_each: Path,
 ) -> None:
     settings = [*SETTINGS, "parallel.expert=2"]
@@ -50,7 +42,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
 
 
 def test_a_lost_host_is_done_without_if_the_config_allows(
-    two: list[Host],  # noqa: F811
+    two: list[Host],
     one_rank_each: Path,
 ) -> None:
     """Half the ranks accumulate twice as much; sums are in another order then."""
@@ -68,7 +60,7 @@ def test_a_lost_host_is_done_without_if_the_config_allows(
 
 
 def test_a_lost_host_that_the_config_needs_ends_the_run(
-    two: list[Host],  # noqa: F811
+    two: list[Host],
     one_rank_each: Path,
 ) -> None:
     words = [*FAULTY, "train", *AGAIN, *SETTINGS, "parallel.expert=2", "output=run"]

@@ -2,12 +2,10 @@
 
 import re
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from host_runs import FAULTY, with_fault
+from host_runs import FAULTY, left_on, with_fault
 
 from occult_train.tools.bench import hosts
 from occult_train.tools.bench.hosts import Host
@@ -20,28 +18,6 @@ does not answer; the rest is a busy machine's."""
 FROM = r"from process \d+: killed, out of memory or stopped\?"
 SETTINGS = ["train", "--hostfile", "hosts", "a.yaml", "output=run", "parallel.expert=2"]
 SETTINGS += [f"parallel.lost_after={LOST_AFTER}"]
-
-
-@pytest.fixture
-def one_rank_each(folder: Path) -> Path:
-    """Two hosts of one slot."""
-    (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
-    return folder
-
-
-@pytest.fixture
-def two(allowed: None) -> Iterator[list[Host]]:
-    """Two hosts for one test, which may lose them or leave them as they should not be."""
-    with hosts.cluster(2) as made:
-        yield made
-
-
-def left_on(made: list[Host]) -> list[str]:
-    """Command lines of processes that still run after a few seconds."""
-    deadline = time.monotonic() + 10
-    while any(host.processes() for host in made) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return [" ".join(process.cmdline()) for host in made for process in host.processes()]
 
 
 def headline(out: str) -> str:
