@@ -3,12 +3,13 @@ VENV := .venv
 OCCULT := $(VENV)/bin/occult
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup train test test-slow lint check-tools clean
+.PHONY: help setup train test test-slow test-cluster lint check-tools clean
 
 help:
 	@echo "make train      set up, train the demo model, export it, report"
 	@echo "make test       set up, lint, run the tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-cluster  as root: tests on hosts made of namespaces; says what is missing where it cannot"
 
 check-tools:
 	@missing=""; \
@@ -43,6 +44,9 @@ test: lint
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+test-cluster: setup
+	$(VENV)/bin/python -m pytest -m cluster -rs tests/cluster
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

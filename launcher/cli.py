@@ -108,6 +108,9 @@ def train(
     launcher: Annotated[str, typer.Option(help="pdsh, openmpi, mpich, impi, mvapich or slurm.")] = "pdsh",
     force_multi: Annotated[bool, typer.Option("--force-multi", help="Start a single host through ssh too.")] = False,
     no_ssh_check: Annotated[bool, typer.Option("--no-ssh-check", help="Do not try ssh to the hosts first.")] = False,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start again so often after a failure, from the last checkpoint.")
+    ] = 0,
     deepspeed_args: Annotated[str, typer.Option(help='Further flags of deepspeed, e.g. "--bind_cores_to_rank".')] = "",
     verbose: Annotated[bool, typer.Option("--verbose", help="Show DeepSpeed's own log.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole configuration only.")] = False,
@@ -135,7 +138,7 @@ def train(
         deepspeed_args=deepspeed_args,
         verbose=verbose,
     )
-    return launch(settings, options)
+    return launch(settings, options, restarts)
 
 
 UsageError: Any = typer.BadParameter.__bases__[0]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,9 @@ from occult_train.jobfiles import Failure, JobFiles, RankProcess
 
 POLL_SECONDS = 0.2
 REPEAT_SECONDS = 0.5
+AFTER_REPORT_SECONDS = 20.0
+"""How long a job of several hosts may take to end by itself once a rank has reported why."""
+SSH_SECONDS = 5
 TERMINATE_SECONDS = 10.0
 """How long DeepSpeed's runner may take to end its processes on other hosts."""
 
@@ -29,13 +33,22 @@ class Job:
         environment: of that command.
         files: of the launch.
         multi_host: whether ranks run on other hosts too.
+        others: hosts beside this one on which ranks run, reached by ssh; empty for none.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], files: JobFiles, multi_host: bool) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        files: JobFiles,
+        multi_host: bool,
+        others: Sequence[str] = (),
+    ) -> None:
         self._command = command
         self._environment = environment
         self._files = files
         self._multi_host = multi_host
+        self._others = others
         self._received: list[int] = []
         self._received_at = 0.0
         self._stopping = False
@@ -51,7 +64,10 @@ class Job:
             process = subprocess.Popen(
                 self._command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
             )
-            return self._wait(process)
+            code = self._wait(process)
+            if code:
+                self._clear_others()
+            return code
         finally:
             if process is not None:
                 self._clear(process)
@@ -73,11 +89,16 @@ class Job:
             self._received_at = now
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        reported_at = None
         while True:
             try:
                 return self._exit_code(process.wait(timeout=POLL_SECONDS))
             except subprocess.TimeoutExpired:
                 pass
+            if self._multi_host and reported_at is None and self._files.report.exists():
+                reported_at = time.monotonic()
+            if reported_at is not None and time.monotonic() - reported_at > AFTER_REPORT_SECONDS:
+                return self._give_up(process)
             if self._received and not self._stopping:
                 self._stopping = self._ask_to_stop()
             if self._received and (not self._stopping or len(self._received) > 1):
@@ -105,6 +126,13 @@ class Job:
             self._wait_up_to(process, TERMINATE_SECONDS)
         return 128 + self._received[-1]
 
+    def _give_up(self, process: subprocess.Popen[bytes]) -> int:
+        """End a job that has failed and does not end: a host that is gone answers nobody."""
+        process.terminate()
+        self._wait_up_to(process, TERMINATE_SECONDS)
+        failure = self._files.failure()
+        return failure.exit_code if failure is not None else 1
+
     def _wait_up_to(self, process: subprocess.Popen[bytes], seconds: float) -> None:
         try:
             process.wait(timeout=seconds)
@@ -115,9 +143,8 @@ class Job:
         """DeepSpeed's runner exits with 0 when its own child was killed, so success needs rank 0's word as well."""
         if code < 0:
             return 128 - code
-        if code == 0 and not self._multi_host and not self._files.ended_well():
-            return 1
-        return code
+        failed = self._files.report.exists() or not (self._multi_host or self._files.ended_well())
+        return 1 if code == 0 and failed else code
 
     def _clear(self, process: subprocess.Popen[bytes]) -> None:
         """Kill what is left on this host: the session of the command, and ranks that recorded themselves."""
@@ -133,6 +160,27 @@ class Job:
         while _session(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         self._files.remove()
+
+    def _clear_others(self) -> None:
+        """Kill what is left of a job that has failed on hosts that can be reached, such as a stopped process."""
+        pattern = f"[j]ob={self._files.launch}"  # which is not found in the command that looks for it
+        words = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
+        running = [
+            subprocess.Popen(
+                [*words, host, f"pkill -KILL -f '{pattern}'"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for host in self._others
+        ]
+        deadline = time.monotonic() + 2 * SSH_SECONDS
+        for process in running:
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _session(leader: int) -> list[psutil.Process]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 from occult_train.config import Config
 from occult_train.distributed import free_port
@@ -26,6 +28,11 @@ PROGRAMS = {
 }
 """What DeepSpeed looks for on PATH, by launcher."""
 WITHOUT_FILTERS = ("openmpi", "mpich", "impi", "mvapich")
+EQUAL_SLOTS = ("mpich", "impi", "mvapich")
+MADE_FOR_HYDRA = {"mpich": "impi"}
+"""DeepSpeed's runner for MPICH starts files alone, no modules, and forgets their exit codes; its runner for Intel's MPI
+writes the same command line and does neither."""
+ENVIRONMENT_FILE = ".deepspeed_env"
 SSH_SECONDS = 20
 
 
@@ -167,15 +174,29 @@ def _multi_host_flags(slots: hostfile.Slots, options: Options, extra: list[str])
         raise UserError(f"--launcher={options.launcher} is not one of {', '.join(PROGRAMS)}")
     if shutil.which(PROGRAMS[launcher]) is None:
         raise UserError(f"--launcher={launcher} needs {PROGRAMS[launcher]}, which is not on PATH")
-    if launcher in WITHOUT_FILTERS and (options.include or options.exclude):
-        raise UserError(f"--launcher={launcher} cannot be combined with --include or --exclude")
+    if launcher in WITHOUT_FILTERS and any(_filters(options)):
+        raise UserError(f"--launcher={launcher} cannot be combined with {_filters(options)[0].split('=')[0]}")
+    if launcher in EQUAL_SLOTS and len({*map(len, slots.values())}) > 1:
+        counts = ", ".join(f"{host} {len(numbers)}" for host, numbers in slots.items())
+        raise UserError(f"--launcher={launcher} needs hosts of equal slots, they have: {counts}")
+    _check_environment_files()
     if launcher != "pdsh":
         address = options.master_addr or first  # MPI tells the ranks another
     else:
         if not options.no_ssh_check:
             _check_reachable(list(slots))
         address = options.master_addr or _address_of(first)
+    launcher = MADE_FOR_HYDRA.get(launcher, launcher)
     return [*flags, "--force_multi", "--no_ssh_check", f"--launcher={launcher}", f"--master_addr={address}"]
+
+
+def _check_environment_files() -> None:
+    """Of the files whose variables DeepSpeed sets on all hosts; a line that it cannot read ends it with a traceback."""
+    name = os.environ.get("DS_ENV_FILE", ENVIRONMENT_FILE)
+    for path in (Path.home() / name, Path(name)):
+        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+            if not re.fullmatch(r"\s*[A-Za-z_]\w*=.*", line):
+                raise UserError(f"{path}:{number}: {line!r} is not of the form NAME=value")
 
 
 def _check_reachable(hosts: list[str]) -> None:
@@ -183,6 +204,22 @@ def _check_reachable(hosts: list[str]) -> None:
     remote = [host for host in hosts if not hostfile.is_this_machine(host)]
     with ThreadPoolExecutor(max_workers=32) as pool:
         list(pool.map(lambda host: _ssh(host, "true"), remote))
+
+
+def unreachable(hosts: list[str]) -> list[str]:
+    """Those of the hosts that do not answer ssh."""
+
+    def fails(host: str) -> bool:
+        if hostfile.is_this_machine(host):
+            return False
+        try:
+            _ssh(host, "true")
+        except UserError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return [host for host, failed in zip(hosts, pool.map(fails, hosts), strict=True) if failed]
 
 
 def _address_of(host: str) -> str:

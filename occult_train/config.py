@@ -23,7 +23,9 @@ from occult_train.hub.folder import read_config
 from occult_train.models.config import ModelConfig
 from occult_train.moe.pruning import PruneConfig
 
-DISPATCHERS = ("auto", "local", "all_to_all", "dedup")
+DISPATCHERS = ("auto", "local", "all_to_all", "dedup", "hierarchical")
+UNFUSED = ("all_to_all", "hierarchical")
+"""Dispatchers that go with the reference backend alone."""
 BALANCES = ("aux_loss", "bias", "none")
 BACKENDS = ("auto", "reference", "fused")
 MATMULS = ("auto", "library", "triton", "joint", "mixed")
@@ -83,6 +85,7 @@ LEAST = {
     1: (
         *("parallel.expert", "train.steps", "train.global_batch_size", "train.micro_batch_size"),
         *("data.sequence_length", "monitor.interval"),
+        *("parallel.lost_after", "parallel.stuck_after"),
         *("moe.statistics.sample", "moe.replace.window", "moe.replace.load_bound"),
     ),
     0: (
@@ -100,8 +103,10 @@ class MoEConfig:
     """How the experts are reached and kept balanced. None of it but balancing and pruning changes results."""
 
     dispatcher: str = "auto"
-    """local (all experts on this rank), all_to_all (K copies of a token), dedup (one copy per device), or auto:
-    local when parallel.expert is 1, else dedup."""
+    """local (all experts on this rank), all_to_all (K copies of a token), dedup (one copy per device), hierarchical
+    (one copy per node, fanned out there; for the reference backend and parallel.expert over several nodes), or auto:
+    local when parallel.expert is 1, else dedup, or hierarchical where that can run and a model of the links expects it
+    to be faster."""
     backend: str = "auto"
     """fused (Triton kernels; see moe/fused.py), reference (plain torch), or auto: fused on GPUs, else reference."""
     matmul: str = "auto"
@@ -145,6 +150,10 @@ class ParallelConfig:
 
     expert: int = 1
     """Expert-parallel size: ranks over which the experts of a layer are spread."""
+    lost_after: float = 30.0
+    """Seconds without a sign of life after which a rank counts as lost and the job ends."""
+    stuck_after: float = 1800.0
+    """Seconds after which a step that has not ended (evaluation and saving included) ends the job."""
 
 
 @dataclass
@@ -269,7 +278,7 @@ class Config:
     refused."""
 
     def dispatcher(self) -> str:
-        """The dispatcher with `auto` resolved."""
+        """The dispatcher with `auto` resolved for one node."""
         if self.moe.dispatcher != "auto":
             return self.moe.dispatcher
         return "local" if self.parallel.expert == 1 else "dedup"
@@ -322,8 +331,10 @@ class Config:
                 f"moe.transport=symmetric moves all rows at once and cannot go with moe.overlap={moe.overlap}"
             )
         self._validate_schedule()
-        if moe.backend == "fused" and moe.dispatcher == "all_to_all":
-            raise ConfigError("moe.backend=fused deduplicates and cannot go with moe.dispatcher=all_to_all")
+        if moe.backend == "fused" and moe.dispatcher in UNFUSED:
+            raise ConfigError(
+                f"moe.backend=fused sends one copy per device and cannot go with moe.dispatcher={moe.dispatcher}"
+            )
         if moe.aux_loss == "sequence" and moe.aux_loss_scope == "global_batch":
             raise ConfigError(
                 "moe.aux_loss=sequence balances each sequence by itself and cannot go with "
@@ -334,6 +345,10 @@ class Config:
         moe.prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, ranks)
         if moe.dispatcher == "local" and ranks > 1:
             raise ConfigError(f"moe.dispatcher=local needs parallel.expert=1, which is {ranks}")
+        if moe.dispatcher == "hierarchical" and ranks < 4:
+            raise ConfigError(
+                f"moe.dispatcher=hierarchical needs parallel.expert={ranks} to span several nodes of several ranks"
+            )
 
     def _validate_schedule(self) -> None:
         setting, scmoe = self.moe.schedule, self.model.scmoe

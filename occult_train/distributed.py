@@ -102,7 +102,11 @@ def initialize(
     local_rank = first_number(LOCAL_RANK_VARIABLES[:1], -1)
     if backend == "nccl" and local_rank >= 0:
         torch.cuda.set_device(local_rank)
+    if any(name in os.environ for name in MPI_VARIABLES) and "RANK" not in os.environ:
+        deepspeed.comm.mpi_discovery(first_number(("MASTER_PORT",), DEFAULT_PORT), verbose=False)
     given = all(name in os.environ for name in RANK_VARIABLES)
+    if backend == "gloo" and given and init_method is None:
+        _bind_to_the_way_to(os.environ["MASTER_ADDR"])
     try:
         deepspeed.init_distributed(
             dist_backend=backend,
@@ -142,6 +146,20 @@ def shutdown() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _bind_to_the_way_to(address: str) -> None:
+    """Let gloo listen on the network that leads to rank 0. It would take that of this host's name, which often is the
+    loopback, where no other host finds it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, DEFAULT_PORT))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return  # no IPv4 address of that name: as gloo finds it
+    names = [name for name, found in psutil.net_if_addrs().items() if own in (entry.address for entry in found)]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def _become_single_rank_if_alone() -> None:

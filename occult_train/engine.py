@@ -16,13 +16,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import nn
 
-from occult_train.config import Config
+from occult_train.config import UNFUSED, Config
 from occult_train.deepspeed_options import check_deepspeed
 from occult_train.errors import ConfigError
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.init import init_weights
-from occult_train.moe.choose import Shape, Wanted, can_run_kernels, choose
+from occult_train.moe.choose import Shape as LayerShape
+from occult_train.moe.choose import Wanted, can_run_kernels, choose
 from occult_train.moe.fused import Way
+from occult_train.moe.links import Cluster, Shape, gain_by_node
 from occult_train.moe.placement import resolve
 from occult_train.parallel.grid import Grid
 
@@ -67,15 +69,13 @@ def choose_way(config: Config, grid: Grid) -> tuple[Way | None, str]:
         ConfigError: the fused backend, or a way of it, was asked for and does not work here.
     """
     moe, model, train = config.moe, config.model, config.train
-    fused = moe.backend == "fused" or (
-        moe.backend == "auto" and torch.cuda.is_available() and config.dispatcher() != "all_to_all"
-    )
-    if not fused:
-        return None, "experts: reference backend (plain torch)"
+    if not _fused(config):
+        name, why = choose_dispatcher(config, grid)
+        return None, f"experts: reference backend (plain torch){why and f', {name} dispatcher: {why}'}"
     if not can_run_kernels():
         raise ConfigError("moe.backend=fused needs a CUDA GPU, and this machine has none; use moe.backend=reference")
     tokens = train.micro_batch_size * config.data.sequence_length
-    shape = Shape(
+    shape = LayerShape(
         model.hidden_size,
         model.intermediate_size,
         model.num_experts,
@@ -113,6 +113,40 @@ def _say_schedule(config: Config) -> str:
     return f"shortcut experts: after the window; {why if scmoe.window else 'dgmoe has none'}"
 
 
+def _fused(config: Config) -> bool:
+    """Whether the fused backend computes the experts."""
+    wanted = config.moe.backend == "auto" and torch.cuda.is_available() and config.dispatcher() not in UNFUSED
+    return config.moe.backend == "fused" or wanted
+
+
+def choose_dispatcher(config: Config, grid: Grid) -> tuple[str, str]:
+    """The dispatcher of the reference backend, the same on all ranks, and why if there was a choice.
+
+    The choice goes by the nodes of the hostfile and a model of common links, not by times, so that a run that is
+    continued makes the same one.
+
+    Raises:
+        ConfigError: one was asked for that needs other nodes.
+    """
+    name, model, expert = config.dispatcher(), config.model, grid.expert_size
+    several = grid.inside_group is not None
+    if name == "hierarchical" and not several:
+        raise ConfigError(
+            "moe.dispatcher=hierarchical needs an expert-parallel group over several nodes of as many ranks each; "
+            f"parallel.expert={expert} is on {grid.nodes} of {grid.node_size}"
+        )
+    if config.moe.dispatcher != "auto" or not several or _fused(config):
+        return name, ""
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    row_bytes = model.hidden_size * PRECISIONS[config.train.precision].itemsize
+    cluster, shape = Cluster(grid.node_size), Shape(expert, expert, grid.node_size)
+    gain = gain_by_node(shape, cluster, model.num_experts, model.num_experts_per_tok, tokens, row_bytes)
+    where = f"on {grid.nodes} nodes of {grid.node_size} ranks"
+    if gain <= 1:
+        return "dedup", f"expected {1 / gain:.2f} times as fast as hierarchical {where}"
+    return "hierarchical", f"expected {gain:.2f} times as fast as dedup {where}"
+
+
 def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
     """How the model of `config` runs on this rank."""
     cuts = way is not None and way.transport != "symmetric" and torch.cuda.is_available()
@@ -121,7 +155,7 @@ def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
         schedule=schedule(config),
         try_chunks=cuts and config.moe.overlap == "auto",
         grid=grid,
-        dispatcher=config.dispatcher(),
+        dispatcher=choose_dispatcher(config, grid)[0],
         placements=resolve(config.moe.placement, config.model.moe_layers, config.model.num_experts),
         selective_checkpointing=config.train.activation_checkpointing == "selective",
         balance=config.moe.balance,

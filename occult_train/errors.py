@@ -34,6 +34,10 @@ class StatisticsError(UserError):
     """A file of routing statistics is missing, damaged, or of another model."""
 
 
+class TrainingDiverged(Exception):
+    """The loss or a gradient is no longer a number. Starting again would only repeat it."""
+
+
 @contextmanager
 def writing(setting: str) -> Iterator[None]:
     """Turn an OSError met in the block, such as a full disk, into a UserError that names where was written to.

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from occult_train.distributed import first_on_host_lives
 from occult_train.jobfiles import Failure, JobFiles, RankProcess
+from occult_train.pulse import Pulse
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 25.0
@@ -27,6 +28,8 @@ POLL_SECONDS = 0.5
 REPEAT_SECONDS = 0.5
 LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
 LOST_PEER_SECONDS = 3.0
+MISSED_PEER_SECONDS = 12.0
+"""Within which the pulse of a job finds out who is gone."""
 
 
 @dataclass
@@ -42,6 +45,7 @@ class _State:
     process: RankProcess | None = None
     peers: list[RankProcess] = field(default_factory=list)
     starter: RankProcess | None = None
+    pulse: Pulse | None = None
     deadline: float | None = None
     interrupted_at: float | None = None
     exit_code: int = 1
@@ -90,20 +94,40 @@ def set_rank(rank: int) -> None:
     _state.rank = rank
 
 
-def join(files: JobFiles, process: RankProcess | None = None, peers: Sequence[RankProcess] = ()) -> None:
+def join(
+    files: JobFiles,
+    process: RankProcess | None = None,
+    peers: Sequence[RankProcess] = (),
+    pulse: Pulse | None = None,
+) -> None:
     """Report failures in these files and end when another rank does.
 
     Args:
         files: of this launch.
         process: this one, entered in the files so that a stop can be asked for.
         peers: processes of all ranks; those on this host are watched.
+        pulse: what tells the ranks of other hosts of a failure; `end` is what it is to call.
     """
     _state.peers = [peer for peer in peers if peer.is_local and peer.pid != os.getpid()]
     _state.starter = files.starter()
-    _state.files = files
+    _state.files, _state.pulse = files, pulse
     _state.process = process
     if process is not None:
         files.enter(process)
+
+
+def end(failure: Failure) -> None:
+    """End this process because of another rank's failure, which the pulse has told of. It is noted on this host too."""
+    files = _state.files
+    if files is not None and files.claim(failure) is None and failure.kind == "lost" and _state.starter is None:
+        _say(f"{failure.where}: {failure.message}")  # nobody else will
+    if not _state.failing:
+        _exit(failure.exit_code)
+
+
+def step() -> int | None:
+    """The step that training is at."""
+    return _state.step
 
 
 def fail(error: BaseException, first_on_host: bool = True) -> NoReturn:
@@ -142,8 +166,9 @@ def _report_among_ranks(failure: Failure, files: JobFiles) -> None:
     if failure.kind == "error" and any(phrase in failure.message.lower() for phrase in LOST_PEER_PHRASES):
         _await_other_report(files)
         failure = replace(failure, message=f"{failure.message} (another rank is gone: killed, or out of memory?)")
-    first = files.claim(failure)
-    if first is None:
+    told = _state.pulse.claim(failure) if _state.pulse is not None else failure
+    first = files.claim(told) or told
+    if (first.rank, first.message) == (failure.rank, failure.message):
         return
     if first.kind != "user":
         _say(f"rank {failure.rank} stopped: rank {first.rank} failed first")
@@ -152,7 +177,9 @@ def _report_among_ranks(failure: Failure, files: JobFiles) -> None:
 
 def _await_other_report(files: JobFiles) -> None:
     """Give the rank whose loss broke a connection, or the thread that sees it dead, the time to report."""
-    deadline = time.monotonic() + LOST_PEER_SECONDS
+    if _state.pulse is not None:
+        _state.pulse.suspect()
+    deadline = time.monotonic() + (LOST_PEER_SECONDS if _state.pulse is None else MISSED_PEER_SECONDS)
     while time.monotonic() < deadline and not files.report.exists() and not _claim_for_dead_peer(files):
         time.sleep(0.1)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from occult_train.errors import UserError, writing
+from occult_train.errors import TrainingDiverged, UserError, writing
 
 MESSAGE_LENGTH = 500
 ROOM_BYTES = 16 << 10
@@ -68,7 +68,8 @@ class Failure:
     """Why a launch ended."""
 
     kind: str
-    """user (the message is for whoever typed the command), error, lost (a rank died without a word) or stopped."""
+    """user (the message is for whoever typed the command), error, diverged (training has no numbers any more), lost (a
+    rank died without a word) or stopped."""
     rank: int
     host: str
     step: int | None
@@ -84,12 +85,18 @@ class Failure:
         line = str(error) if user else "".join(traceback.format_exception_only(error))
         details = "" if user else "".join(traceback.format_exception(error))
         message = " ".join(line.split())[:MESSAGE_LENGTH]
-        return Failure("user" if user else "error", rank, socket.gethostname(), step, message, details)
+        kind = "user" if user else "diverged" if isinstance(error, TrainingDiverged) else "error"
+        return Failure(kind, rank, socket.gethostname(), step, message, details)
 
     @property
     def where(self) -> str:
         """Rank, host and step in words."""
         return f"rank {self.rank} on host {self.host}" + (f" at step {self.step}" if self.step is not None else "")
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same job, started again, may end otherwise."""
+        return self.kind in ("error", "lost")
 
     @property
     def exit_code(self) -> int:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from occult_train.config import Config
-from occult_train.distributed import LOCAL_SIZE_VARIABLES, first_number
 from occult_train.errors import CheckpointError
 from occult_train.moe.collaboration import LayerStatistics, mean_devices
 from occult_train.moe.collecting import DEFAULT_SAMPLE, RoutingCollector
@@ -62,9 +61,6 @@ class Replacer:
         self.wanted, self.seed = config.moe.replace, config.train.seed
         self.last_step, self.engine, self.grid, self.monitor = config.train.steps, engine, grid, monitor
         self.layers = engine.module.moe_layers()
-        local = first_number(LOCAL_SIZE_VARIABLES, grid.world_size)
-        self.nodes = grid.expert_size // local if local and grid.expert_size % local == 0 else 1
-        """Over which an expert-parallel group is spread."""
         self._collector: RoutingCollector | None = None
         self._counted = 0
         """Steps, in this window."""
@@ -123,7 +119,7 @@ class Replacer:
 
     def _solve(self, index: int, statistics: LayerStatistics) -> Proposal:
         devices, old = self.grid.expert_size, self.layers[index].placement
-        wanted, nodes = self.wanted, self.nodes
+        wanted, nodes = self.wanted, self.grid.nodes
         solved = solve(
             wanted.method, statistics, devices, load_bound=wanted.load_bound, nodes=nodes, seed=self.seed + index
         )

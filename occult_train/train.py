@@ -13,6 +13,7 @@ from occult_train import distributed, faults
 from occult_train.config import Config, load
 from occult_train.errors import UserError
 from occult_train.jobfiles import JobFiles, RankProcess, new_launch
+from occult_train.pulse import Limits, Pulse
 
 Run = Callable[[Config], int]
 
@@ -66,15 +67,34 @@ def _run(arguments: argparse.Namespace, run: Run | None) -> int:
     faults.set_rank(world.rank)
     distributed.set_deepspeed_log(arguments.verbose)
     process = RankProcess.of_this_process(world.rank)
-    files = _meet(process, files, world)
+    pulse = _pulse(config, world)
+    files = _meet(process, files, world, pulse)
     config.validate_ranks(world.size)
     code = (run or _trainer())(config)
+    _part(pulse)
     files.leave(process, well=code == 0)
     distributed.shutdown()
     return code
 
 
-def _meet(process: RankProcess, files: JobFiles, world: distributed.World) -> JobFiles:
+def _pulse(config: Config, world: distributed.World) -> Pulse | None:
+    """This rank's signs of life, if there are others to heed them."""
+    if world.size == 1:
+        return None
+    limits = Limits(config.parallel.lost_after, config.parallel.stuck_after)
+    return Pulse(world.rank, limits, faults.step, faults.end)
+
+
+def _part(pulse: Pulse | None) -> None:
+    """Wait until all ranks are through, after which silence means nothing."""
+    import torch
+
+    if pulse is not None:
+        torch.distributed.barrier()
+        pulse.close()
+
+
+def _meet(process: RankProcess, files: JobFiles, world: distributed.World, pulse: Pulse | None) -> JobFiles:
     """Agree on rank 0's launch with all ranks, learn their processes, and from now on end when one of them fails."""
     import torch
 
@@ -82,7 +102,10 @@ def _meet(process: RankProcess, files: JobFiles, world: distributed.World) -> Jo
     torch.distributed.all_gather_object(everyone, (process, files.launch))
     files = JobFiles(files.output, everyone[0][1])
     files.create()
-    faults.join(files, process, [peer for peer, _ in everyone])
+    peers = [peer for peer, _ in everyone]
+    faults.join(files, process, peers, pulse)
+    if pulse is not None:
+        pulse.watch(peers)
     return files
 
 

@@ -18,8 +18,9 @@ from occult_train.config import Config
 from occult_train.data.loader import Batches, build_datasets, open_corpora, resolve_vocab
 from occult_train.data.samples import NOT_COUNTED
 from occult_train.data.tokenizer import load_tokenizer
+from occult_train.distributed import LOCAL_SIZE_VARIABLES, first_number
 from occult_train.engine import build_engine, check_deepspeed, learning_rate, set_learning_rate
-from occult_train.errors import writing
+from occult_train.errors import TrainingDiverged, writing
 from occult_train.faults import StopSignal, set_step
 from occult_train.hub.source import HubModel
 from occult_train.meter import StepMeter, StepRecord, peak_flops
@@ -33,10 +34,6 @@ from occult_train.statistics_window import StatisticsWindow
 from occult_train.stopvote import StopVote
 
 _ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-class TrainingDiverged(Exception):
-    """The loss is no longer a number."""
 
 
 def run(config: Config) -> int:
@@ -58,7 +55,7 @@ class Trainer:
         self.output = Path(config.output)
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         config.model.vocab_size = resolve_vocab(config.data, config.model.vocab_size)
-        self.grid = Grid.create(config.parallel.expert)
+        self.grid = Grid.create(config.parallel.expert, first_number(LOCAL_SIZE_VARIABLES, 0))
         vocab = config.model.vocab_size
         self.train_data, self.valid_data = build_datasets(config.data, config.train.seed, vocab_size=vocab)
         for index in range(self._held_out()):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from occult_train.errors import UserError, writing
 from occult_train.moe.collaboration import LayerStatistics
+from occult_train.moe.links import Cluster, Shape, by_node_ms, copies_share, flat_ms, used_devices
 from occult_train.moe.placement import Placement
 from occult_train.moe.solver import METHODS, device_of, solve
 from occult_train.moe.statistics import RoutingStatistics
@@ -22,16 +23,7 @@ from occult_train.tools.bench.results import write_csv
 from occult_train.tools.bench.shapes import parse_shape
 from occult_train.tools.place import find
 from occult_train.tools.simulate_fit import fit
-from occult_train.tools.simulate_model import (
-    Cluster,
-    Shape,
-    by_node_ms,
-    copies_share,
-    flat_ms,
-    pruned,
-    spread,
-    used_devices,
-)
+from occult_train.tools.simulate_model import load_cluster, pruned, spread
 
 EXCHANGES = 4
 """Of a training step: dispatch, combine, and both backward."""
@@ -77,7 +69,7 @@ def command(
     A cluster is described as devices_per_node: 8, intra: {latency_us: 3, gigabytes_per_second: 380}, inter:
     {latency_us: 8, gigabytes_per_second: 45}, of a message and of one device each way; these are the defaults.
     """
-    described = Cluster.load(cluster) if cluster else Cluster()
+    described = load_cluster(cluster) if cluster else Cluster()
     if per_node:
         described = replace(described, devices_per_node=per_node)
     code = 0

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from occult_train.errors import UserError
 from occult_train.launcher.plan import count_gpus
+from occult_train.moe.links import Link
 from occult_train.tools.bench.ranks import Launch, run_tasks
-from occult_train.tools.simulate_model import Link
 
 MEGABYTES = {"cuda": (16.0, 64.0, 256.0), "cpu": (8.0, 24.0, 64.0)}
 """That a rank sends to all others together: the constants come from the first and the last, and predict the middle."""

@@ -8,7 +8,7 @@ T tokens, H width, K experts a token, D devices, L experts a device, R received 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,15 @@ from occult_train.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
+class Hop:
+    """One exchange on the way out."""
+
+    index: RowIndex
+    """Which row before it each of its rows is a copy of."""
+    plan: ExchangePlan
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """Rows that arrived on this device, and what `combine` needs to send their results home."""
 
@@ -30,8 +39,8 @@ class Dispatched:
     """[R, M] int64, local expert ids of each row, -1 padded."""
     weights_RM: Tensor
     """[R, M] routing weights of those experts, differentiable."""
-    index: RowIndex | None
-    plan: ExchangePlan | None
+    hops: tuple[Hop, ...] = ()
+    """In the order in which they were taken."""
 
 
 class Dispatcher(Protocol):
@@ -64,7 +73,7 @@ class LocalDispatcher:
 
     def dispatch(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Every token is its own row, with its K experts."""
-        return Dispatched(x_TH, slots_TK, weights_TK, None, None)
+        return Dispatched(x_TH, slots_TK, weights_TK)
 
     def combine(self, rows_RH: Tensor, dispatched: Dispatched) -> Tensor:
         """The rows are the tokens."""
@@ -108,29 +117,34 @@ class DedupDispatcher:
         return self._send(gather(x_TH, index), ids_SM, weights_SM, index, counts_D)
 
     def send_back(self, rows_RH: Tensor, dispatched: Dispatched) -> Callable[[], Tensor]:
-        """As `Dispatcher.send_back`."""
-        plan, index = dispatched.plan, dispatched.index
-        assert plan is not None
-        assert index is not None
-        receive = start(plan.reversed(), self.traffic, "combine", rows_RH)
+        """As `Dispatcher.send_back`: rows go back the way they came, and are summed where they came from."""
+        *before, last = dispatched.hops
+        receive = start(last.plan.reversed(), self.traffic, "combine", rows_RH)
 
         def end() -> Tensor:
             (back_SH,) = receive()
-            return gather_sum(back_SH, index)
+            rows_RH = gather_sum(back_SH, last.index)
+            for hop in reversed(before):
+                (back_SH,) = start(hop.plan.reversed(), self.traffic, "combine", rows_RH)()
+                rows_RH = gather_sum(back_SH, hop.index)
+            return rows_RH
 
         return end
 
     def _send(
         self, rows: Tensor, ids: Tensor, weights: Tensor, index: RowIndex, counts: Tensor
     ) -> Callable[[], Dispatched]:
-        plan = exchange_counts(counts, self.grid.expert_group, self.grid.expert_rank)
-        coming_ids, ids_work = launch(ids.to(torch.int32), plan, self.traffic, "dispatch")
-        receive = start(plan, self.traffic, "dispatch", rows, weights)
+        plan = exchange_counts(counts, self.grid.expert_group, self.grid.expert_rank, self.grid.node_size)
+        return self._exchange(rows, ids, weights, Hop(index, plan))
+
+    def _exchange(self, rows: Tensor, ids: Tensor, weights: Tensor, hop: Hop) -> Callable[[], Dispatched]:
+        coming_ids, ids_work = launch(ids.to(torch.int32), hop.plan, self.traffic, "dispatch")
+        receive = start(hop.plan, self.traffic, "dispatch", rows, weights)
 
         def end() -> Dispatched:
             ids_work.wait()
             received, received_weights = receive()
-            return Dispatched(received, coming_ids.to(torch.int64), received_weights, index, plan)
+            return Dispatched(received, coming_ids.to(torch.int64), received_weights, (hop,))
 
         return end
 
@@ -150,17 +164,80 @@ class AllToAllDispatcher(DedupDispatcher):
         return self._send(gather(x_TH, copies), ids_S1, weights_S1, copies, counts_D)
 
 
+class HierarchicalDispatcher(DedupDispatcher):
+    """One row per (token, node), to the rank of the sender's place there, which fans it out to the node's devices and
+    merges what they return before it goes back.
+
+    Rows between nodes in each of the four exchanges: the sum over tokens of |nodes(t) minus home|.
+    """
+
+    def __init__(self, grid: Grid, local_experts: int) -> None:
+        super().__init__(grid, local_experts)
+        self.node, self.place = divmod(grid.expert_rank, grid.node_size)
+        self.nodes_first = home_first(self.node, grid.nodes)
+        self.places_first = home_first(self.place, grid.node_size)
+
+    def send(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Callable[[], Dispatched]:
+        """As `Dispatcher.send`: the steps of Occult's dispatch with a node for a device, and when the rows are there,
+        again inside the node."""
+        local = self.local * self.grid.node_size
+        index, counts_J = device_rows(slots_TK // local, self.nodes_first)
+        ids_SN, row_TK, column_TK = row_experts(index, slots_TK, self.nodes_first, local)
+        weights_SN = weights_TK.new_zeros(ids_SN.shape).index_put((row_TK, column_TK), weights_TK)
+        plan = exchange_counts(counts_J, self.grid.across_group, self.node, per_node=1)
+        on_node = self._exchange(gather(x_TH, index), ids_SN, weights_SN, Hop(index, plan))
+        return lambda: self._fan_out(on_node())
+
+    def _fan_out(self, on_node: Dispatched) -> Dispatched:
+        """One row for each device of this node that a row needs."""
+        slots_RN = on_node.ids_RM
+        device_RN = torch.where(slots_RN >= 0, slots_RN, slots_RN[:, :1]) // self.local  # a row has an expert at least
+        index, counts_G = device_rows(device_RN, self.places_first)
+        ids_SM, weights_SM = _share_out(index, slots_RN, on_node.weights_RM, device_RN, self.places_first, self.local)
+        plan = exchange_counts(counts_G, self.grid.inside_group, self.place)
+        there = self._exchange(gather(on_node.rows_RH, index), ids_SM, weights_SM, Hop(index, plan))()
+        return replace(there, hops=on_node.hops + there.hops)
+
+
+def _share_out(
+    index: RowIndex, slots_RN: Tensor, weights_RN: Tensor, device_RN: Tensor, order: list[int], local: int
+) -> tuple[Tensor, Tensor]:
+    """As `row_experts` for rows that have up to N experts: local ids and weights of each new row, -1 and 0 padded.
+
+    Args:
+        index: from `device_rows` of device_RN.
+        slots_RN: [R, N] -1 for none.
+        device_RN: [R, N] of each slot; where there is none, of another one of the row.
+    """
+    wide = min(slots_RN.shape[1], local)
+    position_G = torch.tensor(order, device=slots_RN.device).argsort()
+    row_RN = index.source_to_rows.gather(1, position_G[device_RN])
+    valid_RN = slots_RN >= 0
+    before_RNN = (device_RN[:, :, None] == device_RN[:, None, :]) & valid_RN[:, None, :]
+    # what is no expert goes to a column behind the last one
+    column_RN = torch.where(valid_RN, before_RNN.tril(-1).sum(2), wide)
+    ids_SM = slots_RN.new_full((index.row_to_source.numel(), wide + 1), -1)
+    ids_SM[row_RN, column_RN] = slots_RN % local
+    weights_SM = weights_RN.new_zeros(ids_SM.shape).index_put((row_RN, column_RN), weights_RN)
+    return ids_SM[:, :wide], weights_SM[:, :wide]
+
+
 def make_dispatcher(name: str, grid: Grid, local_experts: int) -> Dispatcher:
-    """Build the dispatcher `local`, `all_to_all` or `dedup`.
+    """Build the dispatcher `local`, `all_to_all`, `dedup` or `hierarchical`.
 
     Raises:
-        ValueError: an unknown name, or `local` with experts on several ranks.
+        ValueError: an unknown name, `local` with experts on several ranks, or `hierarchical` without nodes.
     """
     if name == "local":
         if grid.expert_size > 1:
             raise ValueError(f"the local dispatcher needs expert_size=1, got {grid.expert_size}")
         return LocalDispatcher()
-    kinds = {"all_to_all": AllToAllDispatcher, "dedup": DedupDispatcher}
+    kinds = {"all_to_all": AllToAllDispatcher, "dedup": DedupDispatcher, "hierarchical": HierarchicalDispatcher}
     if name not in kinds:
         raise ValueError(f"unknown dispatcher {name!r}")
+    if name == "hierarchical" and grid.inside_group is None:
+        raise ValueError(
+            f"the hierarchical dispatcher needs several nodes of several ranks; expert_size={grid.expert_size} is on "
+            f"{grid.nodes} of {grid.node_size}"
+        )
     return kinds[name](grid, local_experts)

@@ -59,7 +59,7 @@ class PlainFlight:
             return
         watch.stamp("landed")
         rows = watch.node(dispatched.rows_RH, "computed")
-        dispatched = Dispatched(rows, dispatched.ids_RM, dispatched.weights_RM, dispatched.index, dispatched.plan)
+        dispatched = Dispatched(rows, dispatched.ids_RM, dispatched.weights_RM, dispatched.hops)
         rows = watch.node(self.experts(dispatched), "landed")
         watch.stamp("computed")
         self._end = self.dispatcher.send_back(rows, dispatched)

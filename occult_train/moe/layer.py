@@ -169,8 +169,10 @@ class MoELayer(ExpertParallelLayer):
         o = self.options
         if o.way is None:
             return None
-        if o.dispatcher == "all_to_all":
-            raise ValueError("the fused layer deduplicates; dispatcher=all_to_all needs the reference backend")
+        if o.dispatcher not in ("local", "dedup"):
+            raise ValueError(
+                f"the fused layer sends one copy per device; dispatcher={o.dispatcher} needs the reference backend"
+            )
         return FusedExperts(grid, o.experts, self.dispatcher.traffic, o.way, o.recompute)
 
     def _compute(self, dispatched: Dispatched) -> Tensor:

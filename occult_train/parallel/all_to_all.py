@@ -23,6 +23,8 @@ class ExchangePlan:
     rank: int
     send_counts: list[int]
     receive_counts: list[int]
+    per_node: int
+    """Consecutive ranks of the group that share a node."""
 
     @property
     def rows_in(self) -> int:
@@ -36,7 +38,13 @@ class ExchangePlan:
 
     def reversed(self) -> "ExchangePlan":
         """The plan that takes every row back to where it came from."""
-        return ExchangePlan(self.group, self.rank, self.receive_counts, self.send_counts)
+        return ExchangePlan(self.group, self.rank, self.receive_counts, self.send_counts, self.per_node)
+
+    def between_nodes(self) -> int:
+        """Rows that go to ranks of other nodes."""
+        order = home_first(self.rank, len(self.send_counts))
+        node = self.rank // self.per_node
+        return sum(count for rank, count in zip(order, self.send_counts, strict=True) if rank // self.per_node != node)
 
 
 def home_first(rank: int, size: int) -> list[int]:
@@ -44,13 +52,14 @@ def home_first(rank: int, size: int) -> list[int]:
     return [rank] + [d for d in range(size) if d != rank]
 
 
-def exchange_counts(counts: Tensor, group: Any, rank: int) -> ExchangePlan:
+def exchange_counts(counts: Tensor, group: Any, rank: int, per_node: int = 0) -> ExchangePlan:
     """Tell every rank how many rows it will get.
 
     Args:
         counts: [D] int64, rows for each device, home first.
         group: expert-parallel process group.
         rank: this rank's index in `group`.
+        per_node: consecutive ranks of the group that share a node; 0 for all of them.
     """
     size = counts.numel()
     order = torch.tensor(home_first(rank, size), device=counts.device)
@@ -58,7 +67,7 @@ def exchange_counts(counts: Tensor, group: Any, rank: int) -> ExchangePlan:
     by_rank[order] = counts
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, by_rank, group=group)
-    return ExchangePlan(group, rank, counts.tolist(), received[order].tolist())
+    return ExchangePlan(group, rank, counts.tolist(), received[order].tolist(), per_node or size)
 
 
 def _in_rank_order(counts: list[int], rank: int) -> list[int]:
@@ -121,7 +130,7 @@ class _Passage:
     def send(self, tensors: tuple[Tensor, ...], back: bool) -> None:
         """Start."""
         plan, name = (self.plan.reversed(), f"{self.name}_backward") if back else (self.plan, self.name)
-        self.traffic.add_rows(name, sum(plan.send_counts[1:]), sum(plan.receive_counts[1:]))
+        self.traffic.add_rows(name, sum(plan.send_counts[1:]), sum(plan.receive_counts[1:]), plan.between_nodes())
         self._under_way = [launch(t, plan, self.traffic, name) for t in tensors]
 
     def receive(self) -> tuple[Tensor, ...]:

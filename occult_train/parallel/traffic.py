@@ -14,12 +14,15 @@ class Traffic:
     """
 
     rows_sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PASSES, 0))
+    rows_between_nodes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PASSES, 0))
+    """Of those sent, rows to ranks of other nodes."""
     rows_received: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PASSES, 0))
     bytes_sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PASSES, 0))
 
-    def add_rows(self, name: str, sent: int, received: int) -> None:
+    def add_rows(self, name: str, sent: int, received: int, between_nodes: int = 0) -> None:
         """Count token rows of pass `name`."""
         self.rows_sent[name] += sent
+        self.rows_between_nodes[name] += between_nodes
         self.rows_received[name] += received
 
     def add_bytes(self, name: str, sent: int) -> None:
@@ -28,8 +31,9 @@ class Traffic:
 
     def drain(self) -> "Traffic":
         """Return the counts so far and start again from zero."""
-        taken = Traffic(dict(self.rows_sent), dict(self.rows_received), dict(self.bytes_sent))
-        for counts in (self.rows_sent, self.rows_received, self.bytes_sent):
+        tables = (self.rows_sent, self.rows_between_nodes, self.rows_received, self.bytes_sent)
+        taken = Traffic(*map(dict, tables))
+        for counts in tables:
             for name in counts:
                 counts[name] = 0
         return taken

@@ -49,6 +49,9 @@ def _misbehave(config: Config) -> None:
     if config.data.path == "kill":
         (Path(config.output) / "dying").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if config.data.path == "kill_once" and not (Path(config.output) / "dying").exists():
+        (Path(config.output) / "dying").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if config.data.path == "user":
         raise DataError("data.path=user does not exist")
 

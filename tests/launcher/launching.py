@@ -31,7 +31,8 @@ class Command:
     def __init__(self, folder: Path, words: list[str], environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         paths = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        given = {**os.environ, "PATH": paths, "PYTHONPATH": str(HERE), **(environment or {})}
+        python_path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+        given = {**os.environ, "PATH": paths, "PYTHONPATH": python_path, **(environment or {})}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
             given.pop(name, None)
         self._log = folder / "log"

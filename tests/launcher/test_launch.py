@@ -96,6 +96,20 @@ def test_a_killed_rank_ends_the_job(start: Start, occult: list[str]) -> None:
     assert not command.left_behind()
 
 
+def test_a_job_that_failed_is_started_again(start: Start, occult: list[str]) -> None:
+    command = start([*occult, "--restarts", "3"], "kill_once")
+    ended = command.end()
+    assert ended.code == 0, ended.out
+    said = [line for line in ended.out.splitlines() if line.startswith(("occult: ", "starting "))]
+    assert [said[0], *said[2:]] == [
+        "starting 2 ranks on CPU (parallel.expert=2)",
+        f"occult: full report: {next(iter((command.folder / 'run' / 'errors').iterdir()))}",
+        "occult: starting again from the last complete checkpoint (1 of 3)",
+        "starting 2 ranks on CPU (parallel.expert=2)",
+    ]
+    assert "rank 1 on host" in said[1]
+
+
 def test_a_failing_rank_ends_all_hosts_and_is_shown_first(start: Start, occult: list[str], tmp_path: Path) -> None:
     """DeepSpeed itself leaves rank 0 in its barrier, for its launcher on another host sees nothing amiss."""
     (tmp_path / "pdsh").write_text(FAKE_PDSH)

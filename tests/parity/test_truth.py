@@ -258,6 +258,8 @@ EXACT = [
     *two_ranks("unclipped", ("dedup",), (0, 1, 2, 3)),
     *two_ranks("within_clip", ("dedup",), (0, 1, 2, 3)),
     *two_ranks("prime", BOTH, (0, 1, 2, 3), placement="permuted"),
+    *(Case(4, "hierarchical", stage, 4, 3, "permuted") for stage in range(4)),
+    Case(4, "hierarchical", 1, 4, placement="moved", checkpointing="selective"),
     *four_ranks("bias", (1, 2)),
     *four_ranks("global_batch", (1, 3)),
     *two_ranks("short", ("dedup",), (1, 2, 3)),
@@ -268,6 +270,7 @@ EXTREME = [
     *two_ranks("one_expert", BOTH, (0, 1, 2, 3)),
     *two_ranks("one_token", BOTH, (0, 1, 2, 3)),
     *(Case(4, dispatcher, stage, 2, problem="apart") for dispatcher in BOTH for stage in range(4)),
+    *(Case(4, "hierarchical", stage, 4, problem=name) for name in ("one_device", "one_token") for stage in (1, 3)),
 ]
 SHORTCUTS = [
     *two_ranks("pos1", ("dedup",), (1, 3), placement="permuted"),
@@ -445,7 +448,7 @@ class Run:
         self.case, self.record, self.outcome = case, record, Outcome()
         self.problem = PROBLEMS[case.problem]
         config = configure(case, folder)
-        self.grid = Grid.create(case.expert)
+        self.grid = Grid.create(case.expert, 2 if case.dispatcher == "hierarchical" else 0)
         self.model = GPT(config.model, runtime(config, self.grid, choose_way(config, self.grid)[0]))
         for moe in self.model.moe_layers().values():
             assert (moe.fused is not None) == (case.backend == "fused")

@@ -10,20 +10,11 @@ import torch
 
 from occult_train.errors import ConfigError
 from occult_train.launcher.cli import main
+from occult_train.moe.links import Cluster, Link, Shape, by_node_ms, copies_share, flat_ms, used_devices
 from occult_train.moe.statistics import RoutingStatistics
 from occult_train.moe.synthetic import clustered, statistics_of
 from occult_train.tools.simulate_fit import Fit, fit
-from occult_train.tools.simulate_model import (
-    Cluster,
-    Link,
-    Shape,
-    by_node_ms,
-    copies_share,
-    flat_ms,
-    pruned,
-    spread,
-    used_devices,
-)
+from occult_train.tools.simulate_model import load_cluster, pruned, spread
 
 # without latency, and a byte takes a millisecond within a node, ten to another
 SLOW = Cluster(2, Link(0.0, 1e-6), Link(0.0, 1e-7))
@@ -200,11 +191,11 @@ def test_mistakes_are_one_line(
 def test_mistakes_in_a_description(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "cluster.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
-        Cluster.load(tmp_path / "cluster.yaml")
+        load_cluster(tmp_path / "cluster.yaml")
 
 
 def test_a_description_keeps_defaults(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("inter: {latency_us: 1}")
-    assert Cluster.load(tmp_path / "cluster.yaml") == Cluster(
+    assert load_cluster(tmp_path / "cluster.yaml") == Cluster(
         8, Cluster().intra, Link(1, Cluster().inter.gigabytes_per_second)
     )
