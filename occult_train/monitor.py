@@ -29,7 +29,8 @@ class Replacement:
     method: str
     layers: list[dict[str, Any]]
     """Of each MoE layer: layer, whether its experts moved, and of the window C_T and the largest device's load over
-    the mean, under the old placement (c_t, load_max_over_mean) and the new (c_t_expected, load_expected)."""
+    the mean, under the old placement (c_t, load_max_over_mean) and the new (c_t_expected, load_expected); with the
+    hierarchical dispatch also the nodes a token needs (nodes, nodes_expected), else 0."""
     experts_moved: int
     bytes_moved: int
     """Sent by all ranks."""

@@ -18,7 +18,7 @@ from occult_train.moe.collaboration import LayerStatistics, mean_devices
 from occult_train.moe.collecting import DEFAULT_SAMPLE, RoutingCollector
 from occult_train.moe.placement import Placement
 from occult_train.moe.settling import settle
-from occult_train.moe.solver import device_of, load_ratio, solve
+from occult_train.moe.solver import NODE_COST, device_of, load_ratio, solve
 from occult_train.monitor import Monitor, Replacement
 from occult_train.moving import move
 from occult_train.parallel.grid import Grid
@@ -35,10 +35,14 @@ class Proposal:
     load_max_over_mean: float
     """Of devices."""
     load_expected: float
+    nodes: float = 0.0
+    """A token needs, where the dispatch sends it to each node once; else 0."""
+    nodes_expected: float = 0.0
 
     def gains(self, share: float) -> bool:
-        """Whether C_T would fall by at least this share."""
-        return self.c_t_expected < self.c_t and self.c_t_expected <= (1 - share) * self.c_t
+        """Whether C_T would fall by at least this share; with nodes, what the solver minimises."""
+        before, after = self.c_t + NODE_COST * self.nodes, self.c_t_expected + NODE_COST * self.nodes_expected
+        return after < before and after <= (1 - share) * before
 
     def record(self) -> dict[str, float]:
         """Its numbers."""
@@ -118,8 +122,10 @@ class Replacer:
         return {index: found[index] for index in statistics}
 
     def _solve(self, index: int, statistics: LayerStatistics) -> Proposal:
-        devices, old = self.grid.expert_size, self.layers[index].placement
-        wanted, nodes = self.wanted, self.grid.nodes
+        devices, layer, wanted = self.grid.expert_size, self.layers[index], self.wanted
+        old = layer.placement
+        # a flat dispatch sends as much over the network whatever the placement
+        nodes = self.grid.nodes if layer.options.dispatcher == "hierarchical" else 1
         solved = solve(
             wanted.method, statistics, devices, load_bound=wanted.load_bound, nodes=nodes, seed=self.seed + index
         )
@@ -127,7 +133,8 @@ class Replacer:
         homes = [device_of(placement, devices) for placement in (old, new)]
         before, after = (mean_devices(statistics.sets_NK, device_E) for device_E in homes)
         loads = [load_ratio(device_E, statistics.loads_E, devices) for device_E in homes]
-        return Proposal(new, before, after, *loads)
+        needed = [mean_devices(statistics.sets_NK, e // (devices // nodes)) for e in homes] if nodes > 1 else []
+        return Proposal(new, before, after, *loads, *needed)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from occult_train.checkpoint import placing
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.moe.placement import Placement, to_json
 from occult_train.moe.statistics import RoutingStatistics
+from occult_train.moe.synthetic import statistics_of
+from occult_train.replacing import Proposal, Replacer
 from occult_train.testing import run_distributed
 
 STEPS = 8
@@ -177,6 +180,24 @@ def test_damaged_counts_are_named(tmp_path: Path, common: list[str], replaced: P
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
     with pytest.raises(RuntimeError, match=r"step-00000005: replace-00001\.safetensors is damaged"):
         run_distributed(train, 2, [*common, *REPLACE, f"output={tmp_path}/run"], timeout=240)
+
+
+def proposal(dispatcher: str) -> Proposal:
+    """For four experts on four devices of two nodes, used in pairs of which each is on both nodes."""
+    replacer = object.__new__(Replacer)
+    layer = SimpleNamespace(placement=Placement.contiguous(4), options=SimpleNamespace(dispatcher=dispatcher))
+    wanted = SimpleNamespace(method="hypergraph", load_bound=2.0)
+    vars(replacer).update(wanted=wanted, seed=0, layers={0: layer}, grid=SimpleNamespace(expert_size=4, nodes=2))
+    return replacer._solve(0, statistics_of(torch.tensor([[0, 2], [1, 3]] * 50), 4))
+
+
+def test_nodes_count_where_the_dispatch_reaches_each_once() -> None:
+    by_node = proposal("hierarchical")
+    assert (by_node.c_t, by_node.c_t_expected, by_node.nodes, by_node.nodes_expected) == (2, 2, 2, 1)
+    assert by_node.gains(0.02)
+    flat = proposal("dedup")
+    assert (flat.c_t, flat.c_t_expected, flat.nodes, flat.nodes_expected) == (2, 2, 0, 0)
+    assert not flat.gains(0)
 
 
 def test_statistics_are_by_expert_wherever_experts_live(replaced: Path, plain: Path) -> None:
