@@ -15,17 +15,22 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from occult_train.errors import UserError
+from occult_train.moe.placement import Placement, to_json
+from occult_train.moe.statistics import RoutingStatistics
+from occult_train.moe.synthetic import statistics_of
 from occult_train.parallel.grid import Grid
 from occult_train.testing import requires_gpu, run_distributed
 from occult_train.tools.bench.breakdown import Kernel, break_down, covered
 from occult_train.tools.bench.layer_command import LAYER_COLUMNS, counts
+from occult_train.tools.bench.measure_layer import measure
 from occult_train.tools.bench.problem import Problem, make_problem, relative, right_answer
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import geometric_mean, ratio_table, ratios, write_csv
-from occult_train.tools.bench.routing import draw_experts, popularity
+from occult_train.tools.bench.routing import draw_experts, draws, popularity
 from occult_train.tools.bench.shapes import (
     LAYER_SYSTEMS,
     SHAPES,
+    Law,
     LayerTask,
     Shape,
     StepTask,
@@ -38,6 +43,7 @@ from occult_train.tools.bench.step_command import step_settings
 from occult_train.tools.bench.timing import Times, counted_all_to_all
 
 TINY = Shape("tiny", 32, 24, 8, 3)
+PAIRS = Shape("pairs", 32, 24, 8, 2)
 TOKENS = 96
 CPU = torch.device("cpu")
 
@@ -58,8 +64,10 @@ def test_layer_flops_are_those_of_its_three_products() -> None:
 
 
 def test_routings_and_systems() -> None:
-    assert [parse_routing(text) for text in ("uniform", "zipf:0.8", "zipf:0")] == [0.0, 0.8, 0.0]
-    for wrong in ("zipf", "uniform:1", "zipf:x", "zipf:-1", "zipf:inf", "pareto:1"):
+    assert [parse_routing(text).exponent for text in ("uniform", "zipf:0.8", "zipf:0")] == [0.0, 0.8, 0.0]
+    assert parse_routing("chosen:a:b/c:3") == Law(path=Path("a:b/c"), layer=3)
+    assert parse_routing("chosen:a:b/c") == Law(path=Path("a:b/c"))
+    for wrong in ("zipf", "uniform:1", "zipf:x", "zipf:-1", "zipf:inf", "pareto:1", "chosen", "chosen:"):
         with pytest.raises(UserError, match=wrong):
             parse_routing(wrong)
     assert parse_system("ours:a=nccl,b=2", LAYER_SYSTEMS) == ("ours", {"a": "nccl", "b": "2"})
@@ -135,11 +143,53 @@ def test_every_router_chooses_what_was_drawn(grid: Grid, routing: str, dtype: to
         assert bool((chosen.sum(1) == 8).all())
         # measured 0.98 in bfloat16
         assert float((logits[chosen].min() - logits[~chosen].max()).detach()) > 0.9
-    share_E = popularity(shape, parse_routing(routing))
+    share_E = popularity(shape, parse_routing(routing).exponent)
     drawn = torch.cat([batch.experts_TK for batch in problem.batches])
     got_E = torch.bincount(drawn.flatten(), minlength=64) / len(drawn)
     assert float((got_E - share_E).abs().max()) < 0.06
     assert len({batch.x_TH.sum().item() for batch in problem.batches}) == len(problem.batches)
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Path:
+    """Statistics of PAIRS' experts, used in pairs half of the experts apart; layer 3 has others."""
+    pairs, others = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]]), torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
+    layers = {1: statistics_of(pairs.repeat(25, 1), 8), 3: statistics_of(others.repeat(25, 1), 8)}
+    RoutingStatistics(8, 2, layers).save(tmp_path / "seen.safetensors")
+    return tmp_path / "seen.safetensors"
+
+
+def test_choices_are_those_of_the_statistics(grid: Grid, seen: Path) -> None:
+    for text, apart in ((f"chosen:{seen}", 4), (f"chosen:{seen}:3", 1)):
+        problem = make_problem(PAIRS, grid, TOKENS, text, torch.float32, CPU)
+        drawn = torch.cat([batch.experts_TK for batch in problem.batches])
+        assert bool((drawn[:, 1] - drawn[:, 0] == apart).all())
+        assert len(drawn.unique(dim=0)) == 4
+    for text, shape, wrong in (
+        (f"chosen:{seen}:2", PAIRS, "no layer 2, only 1, 3"),
+        (f"chosen:{seen}", Shape("", 8, 8, 8, 3), "num_experts_per_tok 2 there, 3 here"),
+        ("chosen:nowhere", PAIRS, "nowhere"),
+    ):
+        with pytest.raises(UserError, match=wrong):
+            draws(parse_routing(text), shape)
+
+
+def test_a_placement_is_measured_and_right(seen: Path, tmp_path: Path) -> None:
+    """Two ranks: every token needs both devices where experts are in order, and one where they are placed."""
+    file = tmp_path / "placement.json"
+    file.write_text(to_json(dict.fromkeys((1, 3), Placement((0, 4, 1, 5, 2, 6, 3, 7)))))
+    systems = [f"ours:placement={file}", "ours", f"ours:placement={tmp_path / 'none.json'}"]
+    tasks = [LayerTask(s, PAIRS, TOKENS, f"chosen:{seen}", 2, "float32", 0.01, False) for s in systems]
+    tasks.append(LayerTask(systems[0], PAIRS, TOKENS, "uniform", 2, "float32", 0.01, False))
+    placed, plain, missing, needless = run_distributed(measured, 2, tasks, timeout=120)[0]
+    assert (placed["c_t"], plain["c_t"]) == (1.0, 2.0)
+    assert 0 < placed["sent_bytes"] < plain["sent_bytes"]
+    assert "none.json" in missing["error"]
+    assert "needs --routing chosen:FILE" in needless["error"]
+
+
+def measured(_rank: int, tasks: list[LayerTask]) -> list[dict[str, Any]]:
+    return [measure(task) for task in tasks]
 
 
 def plain_layer(problem: Problem) -> dict[str, torch.Tensor]:

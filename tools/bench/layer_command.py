@@ -14,13 +14,23 @@ from occult_train.errors import UserError
 from occult_train.launcher.plan import count_gpus
 from occult_train.tools.bench.ranks import Launch, run_tasks
 from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
+from occult_train.tools.bench.routing import draws
 from occult_train.tools.bench.shapes import LAYER_SYSTEMS, SHAPES, LayerTask, parse_routing, parse_shape, parse_system
 
 LAYER_COLUMNS = (
     *("system", "shape", "hidden", "intermediate", "experts", "top_k", "tokens", "ranks", "routing", "dtype", "p2p"),
     *("forward_ms", "forward_p10", "forward_p90", "train_ms", "train_p10", "train_p90", "repetitions"),
-    *("share_of_peak", "peak_tflops", "saved_bytes", "peak_bytes", "gradients_bytes", "kept_bytes", "sent_bytes"),
-    *("matmul_ms", "communication_ms", "exposed_ms", "other_ms", "idle_ms"),
+    *(
+        "share_of_peak",
+        "peak_tflops",
+        "saved_bytes",
+        "peak_bytes",
+        "gradients_bytes",
+        "kept_bytes",
+        "sent_bytes",
+        "c_t",
+    ),
+    *("c_t", "matmul_ms", "communication_ms", "exposed_ms", "other_ms", "idle_ms"),
     *("error_y", "error_dx", "error_dw", "error_router", "note", "error"),
     *("gpu", "torch", "triton", "deepspeed", "date"),
 )
@@ -36,6 +46,7 @@ SHOWN = {
     "gradients_bytes": "of it gradients",
     "kept_bytes": "kept MB",
     "sent_bytes": "sent MB",
+    "c_t": "C_T",
 }
 PARTS = {
     "matmul_ms": "matmul",
@@ -117,7 +128,7 @@ def layer(
         ),
     ] = "ours autoep",
     tokens: Annotated[str, typer.Option(help="Tokens of a rank.")] = "8192",
-    routing: Annotated[str, typer.Option(help="uniform or zipf:S.")] = "uniform",
+    routing: Annotated[str, typer.Option(help="uniform, zipf:S or chosen:STATISTICS[:LAYER].")] = "uniform",
     ep: Annotated[int, typer.Option(help="Ranks over which experts are spread; 0 takes all GPUs.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     seconds: Annotated[float, typer.Option(help="Repeating a measure takes about this long.")] = 1.5,
@@ -130,8 +141,8 @@ def layer(
     """Compare one mixture-of-experts layer, ours and others', on the same problem. All lists are split at blanks."""
     for text in split(system):
         parse_system(text, LAYER_SYSTEMS)
-    for text in split(routing):
-        parse_routing(text)
+    for text, size in itertools.product(split(routing), split(shape)):
+        draws(parse_routing(text), parse_shape(size))
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype={dtype} is neither bfloat16 nor float32")
     ranks = count_ranks(ep, cpu)

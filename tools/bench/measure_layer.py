@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from occult_train.errors import UserError
+from occult_train.moe.costs import groups_of_tokens
+from occult_train.moe.placement import Placement
+from occult_train.moe.solver import device_of
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench import peers, systems
 from occult_train.tools.bench.breakdown import profile_kernels
@@ -56,12 +59,13 @@ def measure(task: LayerTask) -> dict[str, Any]:
         layer = BUILDS[name](problem, options)
     except (Unavailable, UserError) as error:
         return row | {"error": str(error)}
-    if layer.pruning is not None:
-        answer = right_answer(problem, layer.pruning)
+    if layer.pruning is not None or layer.placement is not None:
+        answer = right_answer(problem, layer.pruning, layer.placement)
     first, _ = _check(problem, answer, layer)
     again, sent = _check(problem, answer, layer)  # the second time a layer may know what to expect
     errors = {name: max(first[name], again[name]) for name in first}
     row |= {f"error_{k}": v for k, v in errors.items()} | {"note": layer.note, "sent_bytes": sent, "peak_tflops": peak}
+    row["c_t"] = _devices(problem, answer, layer)
     limit = LIMITS[problem.dtype]
     wrong = [f"{name} is off by {error:.2g}" for name, error in errors.items() if error > limit]
     if wrong:
@@ -123,6 +127,15 @@ def _check(problem: Problem, answer: Answer, layer: Layer) -> tuple[dict[str, fl
     dist.all_reduce(total)
     _drop_gradients(problem, layer)
     return dict(zip(errors, worst.tolist(), strict=True)), int(total)
+
+
+def _devices(problem: Problem, answer: Answer, layer: Layer) -> float:
+    """Devices that hold a token's experts, mean over all ranks' first micro-batches. Collective."""
+    experts, ranks = problem.shape.experts, problem.grid.expert_size
+    device_E = device_of(layer.placement or Placement.contiguous(experts), ranks)
+    mean = groups_of_tokens(answer.chosen_TK.cpu(), device_E, ranks).double().mean().to(problem.device)
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
 
 
 def _drop_gradients(problem: Problem, layer: Layer) -> None:

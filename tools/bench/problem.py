@@ -3,7 +3,7 @@
 T tokens a rank, H width, F expert width, E experts, L experts a rank, K experts a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from occult_train.kernels.pruning.reference import Pruning, prune
+from occult_train.moe.placement import Placement
 from occult_train.parallel.grid import Grid
-from occult_train.tools.bench.routing import draw_experts, popularity
-from occult_train.tools.bench.shapes import Shape, parse_routing
+from occult_train.tools.bench.routing import draws
+from occult_train.tools.bench.shapes import Law, Shape, parse_routing
 
 Swiglu = tuple[Tensor, Tensor, Tensor]
 """Weights or gradients of one expert: gate [F, H], down [H, F], up [F, H]."""
@@ -40,10 +41,12 @@ class Problem:
     w3_EFH: Tensor
     router_EH: Tensor
     batches: tuple[Batch, ...]
+    law: Law = field(default_factory=Law)
+    """By which tokens choose."""
 
     @property
     def local_experts(self) -> slice:
-        """Ids of the experts that live on this rank."""
+        """Slots of this rank; ids of its experts where they are placed contiguously."""
         count = self.shape.experts // self.grid.expert_size
         return slice(self.grid.expert_rank * count, (self.grid.expert_rank + 1) * count)
 
@@ -73,14 +76,15 @@ def make_problem(
 
     e, f, h = shape.experts, shape.intermediate, shape.hidden
     w1, w2, w3, router = normal(e, f, h), normal(e, h, f), normal(e, f, h), normal(e, h)
-    share_E = popularity(shape, parse_routing(routing))
+    law = parse_routing(routing)
+    draw = draws(law, shape)
     made = []
     for batch in range(batches):
         choice = torch.Generator().manual_seed(1000 * batch + grid.rank)
         noise = torch.Generator(device).manual_seed(1000 * batch + grid.rank)
-        experts = draw_experts(share_E, tokens, choice).to(device)
+        experts = draw(tokens, choice).to(device)
         made.append(_make_batch(router, experts, dtype, noise))
-    return Problem(shape, grid, w1, w2, w3, router, tuple(made))
+    return Problem(shape, grid, w1, w2, w3, router, tuple(made), law)
 
 
 def _make_batch(router_EH: Tensor, experts_TK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Batch:
@@ -108,15 +112,20 @@ class Answer:
     dx_TH: Tensor
     router_EH: Tensor
     """The router's gradient."""
+    chosen_TK: Tensor
+    """The experts that tokens use in the end."""
     expert: int
     """The local expert, counted from this rank's first, whose gradient is compared: its most loaded one."""
     expert_gradients: Swiglu
     """Summed over the tokens of all ranks."""
 
 
-def right_answer(problem: Problem, pruning: Pruning | None = None) -> Answer:
+def right_answer(problem: Problem, pruning: Pruning | None = None, placement: Placement | None = None) -> Answer:
     """The layer in plain fp32, one expert after the other, of pruned choices if so. Collective over the expert-parallel
     group.
+
+    Args:
+        placement: where experts live; None is contiguous.
 
     Raises:
         RuntimeError: the router does not choose the experts that the problem was made for.
@@ -131,7 +140,8 @@ def right_answer(problem: Problem, pruning: Pruning | None = None) -> Answer:
     chosen_TK = best.indices if pruning is None else prune(probs_TE.detach(), best.indices, pruning)
     weights_TK = probs_TE.gather(1, chosen_TK)
     weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
-    probes = _most_loaded(problem, chosen_TK)
+    slots = (placement or Placement.contiguous(problem.shape.experts)).slot_to_expert
+    probes = _most_loaded(problem, chosen_TK, slots)
     y_TH, dx_TH = torch.zeros_like(x_TH), torch.zeros_like(x_TH)
     dweights_TK = torch.zeros_like(weights_TK)
     gradients: dict[int, Swiglu] = {}
@@ -153,18 +163,18 @@ def right_answer(problem: Problem, pruning: Pruning | None = None) -> Answer:
     routing_dx, drouter = torch.autograd.grad(weights_TK, (x_TH, router_EH), dweights_TK)
     mine = probes[problem.grid.expert_rank]
     summed = [_sum_over_peers(problem, gradients[expert]) for expert in probes]
-    first = problem.local_experts.start
-    return Answer(y_TH.detach(), dx_TH + routing_dx, drouter, mine - first, summed[problem.grid.expert_rank])
+    local = slots.index(mine) - problem.local_experts.start
+    return Answer(y_TH.detach(), dx_TH + routing_dx, drouter, chosen_TK, local, summed[problem.grid.expert_rank])
 
 
-def _most_loaded(problem: Problem, experts_TK: Tensor) -> list[int]:
+def _most_loaded(problem: Problem, experts_TK: Tensor, slot_to_expert: tuple[int, ...]) -> list[int]:
     """For every expert-parallel rank the expert of its that got most tokens in the first micro-batch."""
     counts_E = torch.bincount(experts_TK.flatten(), minlength=problem.shape.experts)
     if problem.grid.expert_size > 1:
         dist.all_reduce(counts_E, group=problem.grid.expert_group)
-    best_D = counts_E.view(problem.grid.expert_size, -1).argmax(dim=1)
+    best_D = counts_E[list(slot_to_expert)].view(problem.grid.expert_size, -1).argmax(dim=1)
     count = problem.shape.experts // problem.grid.expert_size
-    return [device * count + int(local) for device, local in enumerate(best_D)]
+    return [slot_to_expert[device * count + int(local)] for device, local in enumerate(best_D)]
 
 
 def _sum_over_peers(problem: Problem, gradients: Swiglu) -> Swiglu:

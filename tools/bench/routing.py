@@ -1,9 +1,36 @@
-"""Which experts tokens choose: popularity by Zipf's law, and draws that keep to it."""
+"""Which experts tokens choose: by Zipf's law, with draws that keep to it, or as a trained model's tokens did."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from occult_train.tools.bench.shapes import Shape
+from occult_train.errors import UserError
+from occult_train.moe.statistics import RoutingStatistics
+from occult_train.tools.bench.shapes import Law, Shape
+
+Draw = Callable[[int, torch.Generator], Tensor]
+"""K different experts for each of T tokens, [T, K] int64, ascending."""
+
+
+def draws(law: Law, shape: Shape) -> Draw:
+    """How to draw by a law.
+
+    Raises:
+        UserError: statistics that cannot be read, are of another model, or have no choices of the layer.
+    """
+    if law.path is None:
+        share_E = popularity(shape, law.exponent)
+        return lambda tokens, generator: draw_experts(share_E, tokens, generator)
+    statistics = RoutingStatistics.load(law.path)
+    statistics.check_model([*statistics.layers], shape.experts, shape.top_k, str(law.path))
+    layer = min(statistics.layers) if law.layer is None else law.layer
+    if layer not in statistics.layers:
+        raise UserError(f"statistics {law.path} have no layer {layer}, only {', '.join(map(str, statistics.layers))}")
+    sets_NK = statistics.layers[layer].sets_NK.long()
+    if not len(sets_NK):
+        raise UserError(f"statistics {law.path} hold no sampled choices of layer {layer}")
+    return lambda tokens, generator: sets_NK[torch.randint(len(sets_NK), (tokens,), generator=generator)]
 
 
 def popularity(shape: Shape, exponent: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from occult_train.errors import UserError
@@ -51,20 +52,35 @@ def parse_shape(text: str) -> Shape:
     return Shape(text.replace(",", "x"), hidden, intermediate, experts, top_k)
 
 
-def parse_routing(text: str) -> float:
-    """Zipf's exponent of `uniform` (0) or `zipf:S`.
+@dataclass(frozen=True)
+class Law:
+    """How tokens choose experts."""
+
+    exponent: float = 0.0
+    """Zipf's; 0 is uniform."""
+    path: Path | None = None
+    """Of routing statistics whose sampled choices are drawn from instead."""
+    layer: int | None = None
+    """Of these; None takes the first."""
+
+
+def parse_routing(text: str) -> Law:
+    """What `uniform`, `zipf:S`, `chosen:FILE` or `chosen:FILE:LAYER` mean.
 
     Raises:
         UserError: not one of them.
     """
     kind, colon, value = text.partition(":")
+    if kind == "chosen" and value:
+        path, _, layer = value.rpartition(":")
+        return Law(path=Path(path), layer=int(layer)) if path and layer.isdecimal() else Law(path=Path(value))
     try:
         exponent = float(value) if colon else 0.0
     except ValueError:
         exponent = math.nan
     if (kind, bool(colon)) not in (("uniform", False), ("zipf", True)) or not 0 <= exponent < math.inf:
-        raise UserError(f"routing {text!r} is neither uniform nor zipf:S with a number S >= 0")
-    return exponent
+        raise UserError(f"routing {text!r} is not uniform, zipf:S with a number S >= 0, or chosen:FILE[:LAYER]")
+    return Law(exponent)
 
 
 LAYER_SYSTEMS = ("ours", "ours-reference", "torch", "autoep", "deepspeed-moe", "scattermoe", "megablocks")

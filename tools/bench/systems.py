@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from occult_train.errors import UserError
 from occult_train.kernels.pruning.reference import Pruning
 from occult_train.moe.choose import Shape, Wanted, choose
 from occult_train.moe.layer import MoELayer, MoEOptions
-from occult_train.moe.placement import Placement
+from occult_train.moe.placement import Placement, read
 from occult_train.moe.pruning import PruneConfig, Pruner
+from occult_train.moe.statistics import RoutingStatistics
 from occult_train.tools.bench.problem import Problem, Swiglu
 from occult_train.tools.bench.shapes import read_value
 
@@ -41,6 +43,8 @@ class Layer:
     """What of the system really runs."""
     pruning: Pruning | None = None
     """What it does to the choice of experts; its answer is another then."""
+    placement: Placement | None = None
+    """Where it has the experts; None is contiguous."""
 
 
 Build = Callable[[Problem, dict[str, str]], Layer]
@@ -53,12 +57,12 @@ def normalised_top_k(x_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[Tenso
 
 
 WAYS = tuple(field.name for field in fields(Wanted))
-OPTIONS = ("dispatcher", "recompute", "backend", "prune", *WAYS)
+OPTIONS = ("dispatcher", "recompute", "backend", "prune", "placement", *WAYS)
 
 
 def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
     """Our layer; `options` are `dispatcher` and `recompute` of MoEOptions, `backend` (fused or reference), `prune` (m
-    of the ranks, by score), and the fields of `Wanted`, which choose its way.
+    of the ranks, by score), `placement` (a file), and the fields of `Wanted`, which choose its way.
 
     Raises:
         UserError: there is no such option, or it does not work here.
@@ -80,6 +84,7 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
             raise UserError(f"ours: {error}") from None
         note = f"{note} {chosen}"
     pruner = _pruner(settings.pop("prune", None), problem)
+    placement = _placement(settings.pop("placement", None), problem)
     made = MoEOptions(
         hidden=shape.hidden,
         intermediate=shape.intermediate,
@@ -89,7 +94,7 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         **settings,
     )
     with torch.device(problem.device):
-        layer = MoELayer(made, grid, Placement.contiguous(shape.experts), pruner).to(problem.dtype)
+        layer = MoELayer(made, grid, placement, pruner).to(problem.dtype)
     experts = layer.experts
     with torch.no_grad():
         layer.router.weight.copy_(problem.router_EH)
@@ -98,7 +103,7 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
             (experts.w2, problem.w2_EHF),
             (experts.w3, problem.w3_EFH),
         ):
-            target.copy_(source[problem.local_experts])
+            target.copy_(source[list(placement.slot_to_expert[problem.local_experts])])
     return Layer(
         forward=lambda x: layer(x)[0],
         parameters=list(layer.parameters()),
@@ -107,7 +112,19 @@ def build_ours(problem: Problem, options: dict[str, str]) -> Layer:
         sent=lambda: sum(layer.dispatcher.traffic.drain().bytes_sent.values()),
         note=note,
         pruning=None if pruner is None else pruner.pruning(layer.expert_to_slot),
+        placement=placement,
     )
+
+
+def _placement(path: Any, problem: Problem) -> Placement:
+    """Of the layer whose choices are drawn from."""
+    experts, law = problem.shape.experts, problem.law
+    if path is None:
+        return Placement.contiguous(experts)
+    if law.path is None:
+        raise UserError(f"ours:placement={path} needs --routing chosen:FILE, the choices that it was made for")
+    layers = RoutingStatistics.load(law.path).layers
+    return read(Path(str(path)), [*layers], experts)[min(layers) if law.layer is None else law.layer]
 
 
 def _pruner(devices: Any, problem: Problem) -> Pruner | None:
