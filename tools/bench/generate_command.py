@@ -64,7 +64,7 @@ def generate(
     settings = tuple(step_settings(experts, layers, max(sequence, context + new, CHECKED[1]) + 1, 1, vocabulary, ranks))
     stages = [(prefill // sequence, sequence, 0)] if prefill else []
     stages += [(batch, context, new) for batch in counts("--decode", decode)]
-    tasks = [GenerateTask(name, experts.name, settings, *stage, seconds) for name in names for stage in stages]
+    tasks = [GenerateTask(settings, *stage, seconds, name, experts.name) for name in names for stage in stages]
     rows: list[Row] = []
     started = time.monotonic()
     launch = Launch(ranks, cpu, nccl_environment(p2p), limit)

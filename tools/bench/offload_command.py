@@ -55,7 +55,7 @@ def offload(
         raise UserError("there is no GPU here; --cpu makes a dry run")
     budget = max(int(expert_budget * 1e9), 1) if expert_budget else 0
     stages = [(batch, context, new) for batch in counts("--decode", decode)] + [(1, prefill, 0)] * bool(prefill)
-    tasks = [OffloadTask(mode, tuple(settings), budget, *stage, seconds) for mode in OFFLOAD_MODES for stage in stages]
+    tasks = [OffloadTask(tuple(settings), *stage, seconds, mode, budget) for mode in OFFLOAD_MODES for stage in stages]
     rows: list[Row] = []
     started = time.monotonic()
     for index, row, error in run_tasks(

@@ -131,13 +131,11 @@ class StepTask:
 
 
 @dataclass(frozen=True)
-class GenerateTask:
-    """One system at one stage of generation."""
+class StageTask:
+    """One stage of generation."""
 
-    system: str
-    shape: str
     settings: tuple[str, ...]
-    """Overrides of our Config that describe the model for all systems."""
+    """Overrides of our Config that describe the model."""
     batch: int
     """Sequences of a rank."""
     prompt: int
@@ -153,25 +151,20 @@ class GenerateTask:
 
 
 @dataclass(frozen=True)
-class OffloadTask:
-    """One mode at one stage of generation."""
+class GenerateTask(StageTask):
+    """One system at one stage."""
+
+    system: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class OffloadTask(StageTask):
+    """One mode at one stage."""
 
     mode: str
-    settings: tuple[str, ...]
-    """Of our Config, as typed."""
     budget: int
     """Bytes for experts on the device; 0 takes the usual."""
-    batch: int
-    prompt: int
-    """Tokens of each sequence."""
-    new: int
-    """Tokens made behind; 0 measures the prompts alone."""
-    seconds: float
-
-    @property
-    def stage(self) -> str:
-        """Words for it."""
-        return f"decode {self.batch}" if self.new else f"prefill {self.batch}x{self.prompt}"
 
 
 @dataclass(frozen=True)
