@@ -36,22 +36,15 @@ class Forward:
         self.kept: list[Tensor] = []
         """For backward: of each segment the pre-activations, unless recomputed, then the rows that arrived."""
         self.own_y: list[Tensor] = []
+        self._guessed: Room | None = None
 
     def run(self) -> Tensor:
         """[T, H]."""
-        layer, transport, room = self.layer, self.layer.transport, self.layer.room
         self.begin()
-        guess = room.guess() if room is not None and self.exchange.fits(room) else None
-        y = None if guess is None else self._compute(guess)
-        counts = self.routes.counts()
-        layer.room = (room or Room()).after(counts)
-        if y is not None and room is not None and room.holds(counts):
-            self.steps = self._plan(counts)
-            self._trim(counts)
-            return y
-        self.routes = self.routes.with_all_room() if transport.one_sided else self.routes
-        self.kept.clear()
-        return self._compute(counts)
+        self.send()
+        self.compute()
+        y = self.combine()
+        return y if self.settle() else self.combine()
 
     def begin(self) -> None:
         """Step 1, as far as it goes without knowing numbers of rows."""
@@ -62,16 +55,28 @@ class Forward:
         self.exchange = self.layer.transport.begin(self.x, self.routes, wires, passes, self.weights, own)
 
     def send(self) -> None:
-        """The rest of step 1, for which the host waits."""
-        counts = self.routes.counts()
-        self.layer.room = (self.layer.room or Room()).after(counts)
-        self.steps = self._plan(counts)
+        """The rest of step 1. The host waits if the room cannot be guessed."""
+        room = self.layer.room
+        if room is not None and self.exchange.fits(room):
+            self._guessed = room
+            self.steps = self._plan(room.guess())
+        else:
+            self._plan_counted(self._count())
 
-    def _compute(self, counts: Counts) -> Tensor:
-        """Steps 2 to 5, for as many rows as counted or guessed."""
-        self.steps = self._plan(counts)
+    def settle(self) -> bool:
+        """After step 4: wait for the counts if it was done on a guess. Returns whether that was right; if not, steps 2
+        to 4 are done again, and step 5 is to be. Collective."""
+        if self._guessed is None:
+            return True
+        counts = self._count()
+        if self._guessed.holds(counts):
+            self.steps = self._plan(counts)
+            self._trim(counts)
+            return True
+        self.kept.clear()
+        self._plan_counted(counts)
         self.compute()
-        return self.combine()
+        return False
 
     def compute(self) -> None:
         """Steps 2 to 4."""
@@ -89,6 +94,17 @@ class Forward:
         routes = self.routes
         returned = self.exchange.returned()
         return movers.combine(self.own_y, routes.own_TK, returned, routes.send_TD, self.back, self.weights)[0]
+
+    def _count(self) -> Counts:
+        """Waits for the device, and makes room for the next forward."""
+        counts = self.routes.counts()
+        self.layer.room = (self.layer.room or Room()).after(counts)
+        return counts
+
+    def _plan_counted(self, counts: Counts) -> None:
+        if self.layer.transport.one_sided:
+            self.routes = self.routes.with_all_room()
+        self.steps = self._plan(counts)
 
     def _plan(self, counts: Counts) -> Steps:
         self.exchange.go(counts)

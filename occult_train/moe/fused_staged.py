@@ -45,12 +45,13 @@ class Stages:
         self._inputs, self._start = (x, weights, slots), self.lane.mark()
 
     def send(self) -> None:
-        """Dispatch, after what came before `begin` and beside what came since. The host waits for the counts."""
+        """Dispatch, after what came before `begin` and beside what came since; the host waits as in `Forward.send`."""
         (x, weights, slots), self._inputs = self._inputs, ()
         layer, transport = self.layer, self.layer.transport
         with self.lane.aside(slots, after=self._start):
+            room = layer.room if transport.one_sided else None
             routes = find_routes(
-                slots, layer.grid, layer.num_experts, self.chunks, None, transport.gather, layer.to_host
+                slots, layer.grid, layer.num_experts, self.chunks, room, transport.gather, layer.to_host
             )
             self.forward = Forward(layer, routes, x, weights, (), self.keep, self.lane)
             self.forward.begin()
@@ -71,6 +72,7 @@ class Stages:
         self.lane.join()
         self.forward.experts = experts
         self.forward.compute()
+        self.forward.settle()
         self.forward.experts = ()
 
     def finish(self) -> Tensor:

@@ -22,7 +22,7 @@ PAIR_COLUMNS = (
     *("system", "preset", "hidden", "intermediate", "experts", "top_k", "sequences", "sequence", "tokens", "gflops"),
     *("ranks", "p2p", "train_ms", "train_p10", "train_p90", "inference_ms", "inference_p10", "inference_p90"),
     *(f"{phase}_{part}_ms" for phase in ("forward", "backward", "inference") for part in PARTS),
-    *("error_y", "error_dx", "error_dw", "note", "error", "gpu", "torch", "deepspeed", "date"),
+    *("error_y", "error_dx", "error_dw", "error_routing", "note", "error", "gpu", "torch", "deepspeed", "date"),
 )
 SHOWN = {
     **{

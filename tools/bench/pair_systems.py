@@ -19,6 +19,7 @@ from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.init import draw, init_weights
 from occult_train.moe.choose import Shape, Wanted, choose
 from occult_train.moe.fused import Way
+from occult_train.moe.layer import MoELayer
 from occult_train.parallel.grid import Grid
 from occult_train.tools.bench.peers import convert_to_autoep
 from occult_train.tools.bench.shapes import parse_system, read_value
@@ -91,6 +92,23 @@ class Pair:
             for gate in gates:
                 del gate.forward
 
+    @contextmanager
+    def choices(self) -> Iterator[list[Tensor]]:
+        """The experts that each layer chooses while it lasts [T, K], as a list that grows."""
+        found: list[Tensor] = []
+        ours: list[Any] = [m for m in self.model.modules() if isinstance(m, MoELayer)]
+        others: list[Any] = [m.layer.router for m in self.model.modules() if isinstance(m, _AutoEPExperts)]
+        for layer in ours:
+            layer.counters.append(_Noted(found))
+        hooks = [r.register_forward_hook(lambda _, __, result: found.append(result[1])) for r in others]
+        try:
+            yield found
+        finally:
+            for layer in ours:
+                layer.counters.pop()
+            for hook in hooks:
+                hook.remove()
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Of the blocks."""
@@ -144,6 +162,16 @@ def make_model(config: ModelConfig, runtime: Runtime, device: torch.device, dtyp
         model = GPT(config, runtime)
     init_weights(model, SEED)
     return model.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """In place of a counter."""
+
+    found: list[Tensor]
+
+    def add(self, experts_TK: Tensor) -> None:
+        self.found.append(experts_TK)
 
 
 class _AutoEPExperts(nn.Module):
