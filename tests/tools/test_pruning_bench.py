@@ -45,7 +45,7 @@ def make_runs(_rank: int, folder: Path) -> tuple[list[Row], float]:
     where = [f"data.path={folder}/corpus", *SETTINGS]
     trainer.run(load([*SIZES, *where, f"output={folder}/base", "train.steps=2"]))
     begin = [RECIPE, f"model.from_pretrained={folder}/base", *where, *TUNING]
-    study = Study(load([*begin, f"output={folder}/none"]), groups=2)
+    study = Study(load([*begin, f"output={folder}/none"]), groups=2, shared=folder)
     ways = (Variant("none", 2), Variant("similarity", 1), Variant("router", 1), Variant("none", 2))
     rows = [study.run(variant, seed=3) for variant in ways]
     trainer.run(load([*begin, f"output={folder}/trained", "train.seed=3"]))
@@ -85,6 +85,9 @@ def test_rows_come_back_and_what_is_left_follows(tmp_path: Path) -> None:
     assert len(runs) == 12
     assert [seed for _, seed in runs] == [1] * 6 + [2] * 6, "all ways with one seed before the next"
     assert (Variant("none", 8), 1) not in runs
+    parts = [left(done, 8, 2, "abc", path, (i, 3)) for i in range(3)]
+    assert sorted(str(run) for part in parts for run in part) == sorted(map(str, runs))
+    assert all(parts)
     assert [v.devices for v in variants(8)] == [8, 1, 1, 2, 2, 4, 4]
     with pytest.raises(UserError, match=r"runs\.csv has runs of the base abc, this one is other; name another file"):
         left(done, 8, 2, "other", path)
@@ -124,6 +127,6 @@ def test_the_script_stops_in_time_and_goes_on(folder: Path, tmp_path: Path) -> N
     tiny = [*SETTINGS[:-1], "train.steps=2", "moe.matmul=auto"]
     assert "21 runs are left" in call("tune", *tiny, seconds=1)
     text = call("tune", *tiny)
-    assert len(read_rows(tmp_path / "out" / "runs.csv")) == 21
+    assert len(read_rows(tmp_path / "out" / "runs0.csv")) == 21
     assert text.count("| by ") == 6
     assert (tmp_path / "out" / "table.md").read_text() in text

@@ -1,4 +1,6 @@
-"""The pruning study's table and figure: python -m occult_train.tools.bench.pruning_report RUNS.csv [--figure FILE.png].
+"""The pruning study's table and figure.
+
+python -m occult_train.tools.bench.pruning_report RUNS.csv ... [--figure FILE.png]
 
 Quality against bytes: held-out loss with its spread over seeds, beside what a token moves between devices.
 """
@@ -69,10 +71,12 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Print the table, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    rows = read_rows(given.runs)
+    rows = [row for path in given.runs for row in read_rows(path)]
+    if len({row.base for row in rows}) != 1:
+        parser.error(f"runs of one base are needed, not of {len({row.base for row in rows})}")
     print(table(rows))
     if given.figure:
         draw(rows, given.figure)

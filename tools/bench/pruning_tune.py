@@ -1,11 +1,13 @@
 """Fine-tune one base model with and without pruning, again and again in one process, a CSV line for each run.
 
-python -m occult_train.tools.bench.pruning_tune BASE CORPUS OUTPUT.csv [--groups 8] [--seconds 540] [path=value ...]
+python -m occult_train.tools.bench.pruning_tune BASE CORPUS OUTPUT.csv [--groups 8] [--seconds 540] [--share 0/2]
+    [path=value ...]
 
 BASE is a run or a checkpoint, CORPUS its fine-tuning text; settings change those of configs/finetune_pruned.yaml. The
 base is read once. Its experts are then placed for so many devices by how CORPUS uses them (the paper's greedy way), and
-its similarity tables are made of the same tokens; all runs share both. What the CSV has is not run again, nothing is
-begun that would not end within --seconds, and the same command goes on.
+its similarity tables are made of the same tokens; all runs share both, by a file beside OUTPUT. What the CSV has is not
+run again, nothing is begun that would not end within --seconds, and the same command goes on. --share I/N makes every
+N-th run from the I-th on, for as many processes, each with its GPU and its CSV in the same folder.
 """
 
 import argparse
@@ -44,6 +46,8 @@ PASSES = 4
 """Exchanges of a training step that move a row of a token and device: dispatch, combine, and their ways back."""
 CALIBRATION = 256
 """Sequences of the training text that placement and similarity are made of."""
+CALIBRATION_WAIT = 300
+"""Seconds until it must be there."""
 UNTIMED = 10
 """First steps of a run, which compile and warm up."""
 
@@ -103,7 +107,8 @@ class DeviceCounter:
 class Study:
     """The base model, and runs from it."""
 
-    def __init__(self, config: Config, groups: int) -> None:
+    def __init__(self, config: Config, groups: int, shared: Path, first: bool = True) -> None:
+        """shared: folder for the routing of the base on the training text, which the first of all processes counts."""
         self.config, self.groups, self.grid = config, groups, Grid.create(1)
         config.model.vocab_size = resolve_vocab(config.data, config.model.vocab_size)
         start = beginning.find(config)
@@ -118,7 +123,7 @@ class Study:
         self.device = self.model.lm_head.weight.device
         _, self.valid = self._data(0)
         state.load(self.engine, self.grid, start)
-        found = self._calibrate()
+        found = self._calibration(shared / f"calibration-{self.base}.safetensors", first)
         self.tables = SimilarityTables.of(found, "of the base")
         for index, layer in self.model.moe_layers().items():
             layer.place(solve("greedy", found.layers[index], groups))
@@ -140,6 +145,15 @@ class Study:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         how = (self.base, variant.policy, variant.devices, self.groups, seed, config.train.steps, tokens)
         return Row(*how, before, after, c_t, moved, 1000 * seconds, name)
+
+    def _calibration(self, path: Path, first: bool) -> RoutingStatistics:
+        if first and not path.exists():
+            self._calibrate().save(path)
+        for _ in range(CALIBRATION_WAIT):
+            if path.exists():
+                return RoutingStatistics.load(path)
+            time.sleep(1)
+        raise UserError(f"{path} is not there after {CALIBRATION_WAIT} s; --share 0/N makes it")
 
     def _calibrate(self) -> RoutingStatistics:
         """Routing of the base on the training text, with similarity."""
@@ -244,8 +258,10 @@ def append(path: Path, row: Row) -> None:
         writer.writerow(asdict(row))
 
 
-def left(done: list[Row], groups: int, seeds: int, base: str, path: Path) -> list[tuple[Variant, int]]:
-    """The runs to make: all ways with one seed before the next.
+def left(
+    done: list[Row], groups: int, seeds: int, base: str, path: Path, part: tuple[int, int] = (0, 1)
+) -> list[tuple[Variant, int]]:
+    """The runs to make: all ways with one seed before the next; of these every N-th from the I-th on.
 
     Raises:
         UserError: the CSV is of another base.
@@ -255,7 +271,15 @@ def left(done: list[Row], groups: int, seeds: int, base: str, path: Path) -> lis
         raise UserError(f"{path} has runs of the base {others.pop()}, this one is {base}; name another file")
     made = {(Variant(row.policy, row.devices), row.seed) for row in done}
     wanted = [(variant, seed) for seed in range(1, seeds + 1) for variant in variants(groups)]
-    return [run for run in wanted if run not in made]
+    return [run for run in wanted[part[0] :: part[1]] if run not in made]
+
+
+def share(text: str) -> tuple[int, int]:
+    """I/N as (I, N)."""
+    first, count = map(int, text.split("/"))
+    if not 0 <= first < count:
+        raise ValueError
+    return first, count
 
 
 def main() -> None:
@@ -268,6 +292,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--share", type=share, default=(0, 1))
     given = parser.parse_intermixed_args()
     begun = time.perf_counter()
     unpruned = ["moe.prune.policy=none", "moe.prune.devices=0", "data.mask_documents=false"]
@@ -276,8 +301,8 @@ def main() -> None:
     distributed.prepare_environment()
     distributed.initialize()
     distributed.set_deepspeed_log(False)
-    study = Study(config, given.groups)
-    runs = left(read_rows(given.output), given.groups, given.seeds, study.base, given.output)
+    study = Study(config, given.groups, given.output.parent, first=given.share[0] == 0)
+    runs = left(read_rows(given.output), given.groups, given.seeds, study.base, given.output, given.share)
     print(f"base {study.base}, {len(runs)} runs to make; set up in {time.perf_counter() - begun:.0f} s", flush=True)
     longest = 0.0
     for number, (variant, seed) in enumerate(runs):
