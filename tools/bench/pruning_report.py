@@ -7,7 +7,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from occult_train.tools.bench.pruning_tune import Row, read_rows
+from occult_train.tools.bench.pruning_tune import Row
+from occult_train.tools.bench.study import read_rows
 
 NAMES = {"none": "not pruned", "router": "by score", "similarity": "by similarity"}
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    rows = read_rows(given.runs)
+    rows = read_rows(Row, given.runs)
     print(table(rows))
     if given.figure:
         draw(rows, given.figure)
