@@ -9,7 +9,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from occult_train.tools.bench.pruning_tune import Row, read_rows
+from occult_train.tools.bench.pruning_tune import Row
+from occult_train.tools.bench.study import read_rows
 
 NAMES = {"none": "not pruned", "router": "by score", "similarity": "by similarity"}
 
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    rows = [row for path in given.runs for row in read_rows(path)]
+    rows = [row for path in given.runs for row in read_rows(Row, path)]
     if len({row.base for row in rows}) != 1:
         parser.error(f"runs of one base are needed, not of {len({row.base for row in rows})}")
     print(table(rows))

@@ -31,8 +31,8 @@ tune)
       eval.sequences=1024 train.activation_checkpointing=none moe.matmul=mixed "${@:2}"
   }
   started=()
-  for ((gpu = 0; gpu < gpus; gpu++)); do
-    CUDA_VISIBLE_DEVICES=$gpu tune "$gpu" "$@" &
+  for share in $(seq "$gpus"); do
+    CUDA_VISIBLE_DEVICES=$((share - 1)) tune "$share" "$@" &
     started+=($!)
   done
   for process in "${started[@]}"; do wait "$process"; done

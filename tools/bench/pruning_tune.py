@@ -1,6 +1,6 @@
 """Fine-tune one base model with and without pruning, again and again in one process, a CSV line for each run.
 
-python -m occult_train.tools.bench.pruning_tune BASE CORPUS OUTPUT.csv [--groups 8] [--seconds 540] [--share 0/2]
+python -m occult_train.tools.bench.pruning_tune BASE CORPUS OUTPUT.csv [--groups 8] [--seconds 540] [--share 1/2]
     [path=value ...]
 
 BASE is a run or a checkpoint, CORPUS its fine-tuning text; settings change those of configs/finetune_pruned.yaml. The
@@ -11,13 +11,12 @@ N-th run from the I-th on, for as many processes, each with its GPU and its CSV 
 """
 
 import argparse
-import csv
 import hashlib
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +25,9 @@ from occult_train import beginning, distributed
 from occult_train.checkpoint import state
 from occult_train.checkpoint.store import MANIFEST, WeightsAlone
 from occult_train.config import Config, load
-from occult_train.data.loader import Batches, build_datasets, resolve_vocab
-from occult_train.data.samples import NOT_COUNTED, HeldOut
-from occult_train.engine import build_engine, learning_rate, set_learning_rate
+from occult_train.data.loader import build_datasets, resolve_vocab
+from occult_train.data.samples import HeldOut
+from occult_train.engine import build_engine
 from occult_train.errors import UserError
 from occult_train.moe.collecting import RoutingCollector
 from occult_train.moe.costs import rows_moved
@@ -38,6 +37,7 @@ from occult_train.moe.solver import device_of, solve
 from occult_train.moe.statistics import RoutingStatistics
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
+from occult_train.tools.bench.study import append, device_name, held_out_loss, parse_share, read_rows, train
 
 RECIPE = "configs/finetune_pruned.yaml"
 LIMITS = (1, 2, 4)
@@ -48,8 +48,6 @@ CALIBRATION = 256
 """Sequences of the training text that placement and similarity are made of."""
 CALIBRATION_WAIT = 300
 """Seconds until it must be there."""
-UNTIMED = 10
-"""First steps of a run, which compile and warm up."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +135,13 @@ class Study:
         self._restore()
         self._route(variant)
         before, _ = self.evaluate()
-        seconds = self._train(seed)
+        seconds = train(self.engine, config, self._data(seed)[0])
         after, c_t = self.evaluate()
         tokens = config.train.steps * config.train.global_batch_size * config.data.sequence_length
         row_bytes = 2 * config.model.hidden_size
         moved = PASSES * rows_moved(c_t, self.groups) * row_bytes
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         how = (self.base, variant.policy, variant.devices, self.groups, seed, config.train.steps, tokens)
-        return Row(*how, before, after, c_t, moved, 1000 * seconds, name)
+        return Row(*how, before, after, c_t, moved, 1000 * seconds, device_name())
 
     def _calibration(self, path: Path, first: bool) -> RoutingStatistics:
         if first and not path.exists():
@@ -153,7 +150,7 @@ class Study:
             if path.exists():
                 return RoutingStatistics.load(path)
             time.sleep(1)
-        raise UserError(f"{path} is not there after {CALIBRATION_WAIT} s; --share 0/N makes it")
+        raise UserError(f"{path} is not there after {CALIBRATION_WAIT} s; --share 1/N makes it")
 
     def _calibrate(self) -> RoutingStatistics:
         """Routing of the base on the training text, with similarity."""
@@ -185,47 +182,18 @@ class Study:
                 layer.pruner = Pruner(prune, index, self.config.model.num_experts)
         self.model.set_similarity(self.tables)
 
-    def _train(self, seed: int) -> float:
-        """All steps. Returns the mean seconds of a step, the first few left out."""
-        config = self.config
-        data, _ = self._data(seed)
-        batches = Batches(data, consumed_samples=0, micro_batch_size=self._micro, rank=0, world_size=1)
-        untimed = min(UNTIMED, config.train.steps - 1)
-        self.model.train()
-        started = time.perf_counter()
-        for step in range(config.train.steps):
-            if step == untimed:
-                self._wait()
-                started = time.perf_counter()
-            set_learning_rate(self.engine, learning_rate(config, step))
-            for _ in range(config.accumulation_steps(1)):
-                batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
-                self.engine.backward(self.engine(**batch))
-                self.engine.step()
-            self.model.finish_step()
-        self._wait()
-        return (time.perf_counter() - started) / (config.train.steps - untimed)
-
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss over the first eval.sequences held-out sequences, and devices a token."""
+        """Held-out loss, and devices a token."""
         layers = self.model.moe_layers().values()
         homes = [device_of(layer.placement, self.groups).to(self.device) for layer in layers]
         counters = [DeviceCounter(device_E, self.groups) for device_E in homes]
         for layer, counter in zip(layers, counters, strict=True):
             layer.counters.append(counter)
-        total, micro = min(self.config.eval.sequences or len(self.valid), len(self.valid)), self._micro
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.model.eval()
-        for first in range(0, total, micro):
-            rows = [self.valid[i] for i in range(first, min(first + micro, total))]
-            batch = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
-            counted = (batch["labels"] != NOT_COUNTED).sum()
-            sums += torch.stack((self.model(**batch).double() * counted, counted.double()))
+        loss = held_out_loss(self.model, self.config, self.valid)
         for layer in layers:
             layer.counters.pop()
-        used = statistics.mean(float(counter.used) / counter.tokens for counter in counters)
-        return float(sums[0] / sums[1]), used
+        return loss, statistics.mean(float(counter.used) / counter.tokens for counter in counters)
 
     @property
     def _micro(self) -> int:
@@ -234,32 +202,9 @@ class Study:
     def _data(self, seed: int) -> tuple[Any, HeldOut]:
         return build_datasets(self.config.data, seed, vocab_size=self.config.model.vocab_size)
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The runs of a CSV; none if it is not there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        kinds = get_type_hints(Row)
-        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a run to a CSV, which has a head from the first one on."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-
 
 def left(
-    done: list[Row], groups: int, seeds: int, base: str, path: Path, part: tuple[int, int] = (0, 1)
+    done: list[Row], groups: int, seeds: int, base: str, path: Path, share: tuple[int, int] = (1, 1)
 ) -> list[tuple[Variant, int]]:
     """The runs to make: all ways with one seed before the next; of these every N-th from the I-th on.
 
@@ -271,15 +216,7 @@ def left(
         raise UserError(f"{path} has runs of the base {others.pop()}, this one is {base}; name another file")
     made = {(Variant(row.policy, row.devices), row.seed) for row in done}
     wanted = [(variant, seed) for seed in range(1, seeds + 1) for variant in variants(groups)]
-    return [run for run in wanted[part[0] :: part[1]] if run not in made]
-
-
-def share(text: str) -> tuple[int, int]:
-    """I/N as (I, N)."""
-    first, count = map(int, text.split("/"))
-    if not 0 <= first < count:
-        raise ValueError
-    return first, count
+    return [run for run in wanted[share[0] - 1 :: share[1]] if run not in made]
 
 
 def main() -> None:
@@ -292,7 +229,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--share", type=share, default=(0, 1))
+    parser.add_argument("--share", type=parse_share, default=(1, 1))
     given = parser.parse_intermixed_args()
     begun = time.perf_counter()
     unpruned = ["moe.prune.policy=none", "moe.prune.devices=0", "data.mask_documents=false"]
@@ -301,8 +238,9 @@ def main() -> None:
     distributed.prepare_environment()
     distributed.initialize()
     distributed.set_deepspeed_log(False)
-    study = Study(config, given.groups, given.output.parent, first=given.share[0] == 0)
-    runs = left(read_rows(given.output), given.groups, given.seeds, study.base, given.output, given.share)
+    study = Study(config, given.groups, given.output.parent, first=given.share[0] == 1)
+    done = read_rows(Row, given.output)
+    runs = left(done, given.groups, given.seeds, study.base, given.output, given.share)
     print(f"base {study.base}, {len(runs)} runs to make; set up in {time.perf_counter() - begun:.0f} s", flush=True)
     longest = 0.0
     for number, (variant, seed) in enumerate(runs):
