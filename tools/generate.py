@@ -239,7 +239,8 @@ def _check_offload(offload: bool, budget: float, ep: int) -> None:
 
 def _check_ranks(ep: int, dispatcher: str, experts: int, cpu: bool) -> None:
     if dispatcher not in DISPATCHERS:
-        raise UserError(f"--dispatcher={dispatcher} is not one of {', '.join(DISPATCHERS)}")
+        why = "; it sends one copy per node, and this runs on one" if dispatcher == "hierarchical" else ""
+        raise UserError(f"--dispatcher={dispatcher} is not one of {', '.join(DISPATCHERS)}{why}")
     if experts % ep:
         raise UserError(f"--ep={ep} does not divide the model's {experts} experts")
     if not cpu and ep > count_gpus():

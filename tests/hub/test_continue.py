@@ -147,6 +147,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("trainer")
     made = making.make("qwen2_moe", folder / "model")
     making.add_tokenizer(folder / "model")
+    (folder / "model" / "generation_config.json").write_text(json.dumps(GENERATION))
     rng = random.Random(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "seven", "dogs", "run", "home"]
     texts = [json.dumps({"text": " ".join(rng.choice(words) for _ in range(200))}) for _ in range(12)]
@@ -156,6 +157,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     import_model(open_model(folder / "model"), folder / "imported")
     run_distributed(run_all, 2, folder, timeout=300)
     return Case(folder, made)
+
+
+GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": [7, 9], "pad_token_id": 7}
+"""How its makers let the model write, which is no setting of ours."""
 
 
 def losses(run: Path) -> list[float]:
@@ -194,6 +199,8 @@ def test_what_was_trained_goes_back_with_its_tokenizer_and_numbers(case: Case, t
     assert compared.differing == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (case.folder / "moved" / name).read_bytes()
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert {key: getattr(settings, key) for key in GENERATION} == GENERATION
     text = "saw <b>seven</b>\n\tdogs, größer 🙂"
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert words(text)["input_ids"] == load_tokenizer(case.folder / "corpus").encode(text)

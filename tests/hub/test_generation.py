@@ -140,6 +140,11 @@ def test_a_prompt_begins_as_the_family_s_tokenizer_lets_it(
         ("hf --prompts none.txt", "--prompts=none.txt holds no text"),
         ("hf --ep 5", "--ep=5 does not divide the model's 12 experts"),
         ("hf --ep 2 --dispatcher dedupe", "--dispatcher=dedupe is not one of dedup, all_to_all"),
+        (
+            "hf --ep 2 --dispatcher hierarchical",
+            "--dispatcher=hierarchical is not one of dedup, all_to_all; it sends one copy per node, and this runs on "
+            "one",
+        ),
         ("hf --expert-budget 1", "--expert-budget=1 needs --offload-experts"),
         (
             "hf --ep 2 --offload-experts",

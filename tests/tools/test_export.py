@@ -105,7 +105,7 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, tokenizer: Tokeni
     assert torch.equal(shard[name], opened.read("layers.1.moe.experts.w1.5"))
     ours, theirs = load_tokenizer(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (ours.fingerprint(), ours.eod_id) == (tokenizer.fingerprint(), tokenizer.eod_id)
-    assert theirs.eos_token_id == tokenizer.eod_id
+    assert theirs.eos_token_id == model.generation_config.eos_token_id == tokenizer.eod_id
     for text in ("the cat sat", " a", "def  read(x):\n\treturn x1234\n\n", "é 日本 ok", Path(__file__).read_text()):
         assert theirs(text)["input_ids"] == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
