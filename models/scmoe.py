@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from occult_train.kernels.gating.autograd import gated
 from occult_train.models.attention import Attention, Extend, Positions
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
@@ -102,7 +103,7 @@ class ShortcutBlock(nn.Module):
             return shared, None
         gate = self.combine_gate(x)
         if self.combine == "cg1":
-            return gate.sigmoid() * shared, None
+            return gated(shared, gate), None
         share = gate.softmax(dim=-1)
         return share[..., :1] * shared, share[..., 1:]
 

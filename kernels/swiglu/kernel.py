@@ -1,4 +1,4 @@
-"""SwiGLU on expanded rows in Triton; one program a row. See `reference.py` for the formulas."""
+"""SwiGLU in Triton; a program takes a row or a part of it. See `reference.py` for the formulas."""
 
 import torch
 import triton
@@ -43,6 +43,22 @@ def _backward_kernel(gate, up, grad, weight, both, weighted, scalar, F, BF: tl.c
     tl.store(scalar + x, tl.sum(total, 0))
 
 
+@quick
+@triton.jit
+def _gradients_kernel(gate, up, grad, d_gate, d_up, F, BF: tl.constexpr):
+    x = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    at = x * F + f
+    a = tl.load(gate + at, mask=f < F, other=0).to(tl.float32)
+    b = tl.load(up + at, mask=f < F, other=0).to(tl.float32)
+    g = tl.load(grad + at, mask=f < F, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(a)
+    silu = a * sigmoid
+    kind = d_gate.dtype.element_ty
+    tl.store(d_gate + at, (g * b * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=f < F)
+    tl.store(d_up + at, (g * silu).to(kind), mask=f < F)
+
+
 def _columns(width: int) -> int:
     """Columns of a step: the power of two up to 2048 that wastes the fewest lanes, the larger of equals."""
     sizes = [size for size in (2048, 1024, 512, 256) if size < 2 * width] or [256]
@@ -77,6 +93,19 @@ def backward(
             gate_XF, up_XF, grad_XF, weight_X, both_X2F, weighted_XF, scalar_X, width,
             BF=block, num_warps=max(1, block // 512),
         )  # fmt: skip
+
+
+def gradients(gate_XF: Tensor, up_XF: Tensor, grad_XF: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference's; contiguous inputs."""
+    _check(gate_XF, up_XF, grad_XF)
+    rows, width = gate_XF.shape
+    d_gate, d_up = torch.empty_like(gate_XF), torch.empty_like(up_XF)
+    if rows:
+        block = _columns(width)
+        _gradients_kernel[(rows, -(-width // block))](
+            gate_XF, up_XF, grad_XF, d_gate, d_up, width, BF=block, num_warps=max(1, block // 512)
+        )
+    return d_gate, d_up
 
 
 def _check(*tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""SwiGLU on expanded rows, forward and backward, in plain torch. X rows, F expert width."""
+"""SwiGLU, forward and backward, in plain torch. X rows, F width."""
 
 import torch
 from torch import Tensor
@@ -9,6 +9,13 @@ def forward(gate_XF: Tensor, up_XF: Tensor) -> Tensor:
     """silu(gate) * up, computed in fp32, in the type of the inputs."""
     wide = torch.promote_types(gate_XF.dtype, torch.float32)
     return (F.silu(gate_XF.to(wide)) * up_XF.to(wide)).to(gate_XF.dtype)
+
+
+def gradients(gate_XF: Tensor, up_XF: Tensor, grad_XF: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and of up through `forward`, given its output's."""
+    both, _, _ = backward(gate_XF, up_XF, grad_XF, torch.ones_like(gate_XF[:, 0]))
+    d_gate, d_up = both.chunk(2, dim=1)
+    return d_gate, d_up
 
 
 def backward(gate_XF: Tensor, up_XF: Tensor, grad_XF: Tensor, weight_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:

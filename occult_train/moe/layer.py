@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from occult_train.kernels.experts.reference import experts
+from occult_train.kernels.gating.autograd import gated
 from occult_train.kernels.routing.reference import Routing
+from occult_train.kernels.swiglu.autograd import swiglu
 from occult_train.moe.collaboration import CollaborationMeter, RoutingCounter
 from occult_train.moe.dispatch import Dispatched, make_dispatcher
 from occult_train.moe.experts import Experts
@@ -70,7 +71,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class MoELayer(ExpertParallelLayer):
@@ -192,7 +193,7 @@ class MoELayer(ExpertParallelLayer):
         assert self.shared_expert is not None
         y_TH = self.shared_expert(x_TH)
         if self.shared_expert_gate is not None:
-            y_TH = self.shared_expert_gate(x_TH).sigmoid() * y_TH
+            y_TH = gated(y_TH, self.shared_expert_gate(x_TH))
         return y_TH
 
     def _sequence_loss(self, logits_TE: Tensor, routing: Routing, sequences: int) -> Tensor:

@@ -13,6 +13,7 @@ from compile_kernels import _usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from occult_train.kernels.gating import kernel as gating
 from occult_train.kernels.movers import kernel as movers
 from occult_train.kernels.positions import kernel as positions
 from occult_train.kernels.rotary import kernel as rotary
@@ -154,6 +155,9 @@ VARIANTS = [
     ),
     Variant("swiglu", swiglu._forward_kernel, {"BF": 1024}, warps=2, wide=True),
     Variant("swiglu, backward", swiglu._backward_kernel, {"BF": 1024}, warps=2, wide=True),
+    Variant("swiglu, gradients", swiglu._gradients_kernel, {"BF": 1024}, warps=2, wide=True),
+    Variant("gating", gating._forward_kernel, {"BH": 1024}, warps=2, wide=True),
+    Variant("gating, backward", gating._backward_kernel, {"BH": 1024}, warps=2, wide=True),
     Variant("route", routing._forward_kernel, ROUTE | PLAIN | {"NORMALISE": True}, UNPRUNED),
     Variant("route, many experts", routing._forward_kernel, MANY | PLAIN | {"NORMALISE": False}, UNPRUNED),
     Variant("route, pruned", routing._forward_kernel, ROUTE | BY_SCORE, UNPRUNED[1:]),

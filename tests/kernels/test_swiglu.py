@@ -1,4 +1,4 @@
-"""SwiGLU on expanded rows against float64, its reference, and autograd of what it is the gradient of."""
+"""SwiGLU against float64, its reference, and autograd of what it is the gradient of."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from groups import check_close, exact, normal
 from torch import Tensor
 from torch.nn import functional as F
 
-from occult_train.kernels.swiglu import kernel, reference
+from occult_train.kernels.swiglu import autograd, kernel, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -81,9 +81,49 @@ def test_the_weighted_rows_may_take_the_place_of_the_gradient(width: int, device
         assert torch.equal(value, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows,width", SHAPES)
+def test_gradients(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Of a dense layer's, against autograd in float64 and the reference; the incoming gradient lies anyhow."""
+    gate, up, grad, _ = inputs(rows, width, dtype, device)
+    a, b, g = exact(gate, up, grad)
+    (F.silu(a.requires_grad_()) * b.requires_grad_()).backward(g)
+    gate.requires_grad_()
+    up.requires_grad_()
+    y = autograd._SwiGLU.apply(gate, up)
+    y.backward(grad.t().contiguous().t())
+    check_close(y.detach(), (F.silu(a) * b).detach())
+    for got, want, plain in zip(
+        (gate.grad, up.grad),
+        (a.grad, b.grad),
+        reference.gradients(*exact(gate.detach(), up.detach(), grad)),
+        strict=True,
+    ):
+        assert got is not None
+        assert want is not None
+        assert got.dtype == dtype
+        check_close(got, want)
+        torch.testing.assert_close(plain, want)
+
+
+def test_of_a_dense_layer_wherever_it_runs(device: torch.device) -> None:
+    gate, up = (normal(2, 3, 40, device=device, seed=s).requires_grad_() for s in range(2))
+    a, b = (t.requires_grad_() for t in exact(gate.detach(), up.detach()))
+    y, expected = autograd.swiglu(gate, up), F.silu(a) * b
+    assert y.shape == (2, 3, 40)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    check_close(y.detach(), expected.detach())
+    for got, want in ((gate.grad, a.grad), (up.grad, b.grad)):
+        assert got is not None
+        assert want is not None
+        check_close(got, want)
+
+
 def test_without_rows_nothing_happens(device: torch.device) -> None:
     none = normal(0, 7, device=device)
     assert kernel.forward(none, none).shape == (0, 7)
+    assert [v.shape for v in kernel.gradients(none, none, none)] == [(0, 7), (0, 7)]
     assert [v.shape for v in run_backward(none, none, none, none[:, 0])] == [(0, 14), (0, 7), (0,)]
 
 
