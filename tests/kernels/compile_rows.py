@@ -22,8 +22,10 @@ from occult_train.kernels.swiglu import kernel as swiglu
 
 TYPES = {
     **dict.fromkeys(("x", "out", "own_rows", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
+    **dict.fromkeys(("d_gate", "d_up", "d_x"), "*bf16"),
     **dict.fromkeys(("weight", "own_weight", "weight_X", "scalar", "scalars", "cos", "sin", "similarity"), "*fp32"),
     **dict.fromkeys(("logits", "bias", "weights", "sums", "mean", "z", "d_weights", "d_mean", "d_z"), "*fp32"),
+    **dict.fromkeys(("logit", "d_logit"), "*fp32"),
     **dict.fromkeys(("slots", "address", "experts", "loads", "weighed"), "*i64"),
     **dict.fromkeys(("position", "own", "send", "sends", "shift", "arrive", "words", "out_words"), "*i32"),
     **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back", "numbers"), "*i32"),
