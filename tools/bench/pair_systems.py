@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import occult_train
 from occult_train.config import load
 from occult_train.errors import UserError
-from occult_train.models.attention import positions
+from occult_train.models.attention import Positions, positions
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.init import draw, init_weights
@@ -73,11 +73,13 @@ class Pair:
 
     def __init__(self, model: GPT, note: str = "", one_sided: bool = False) -> None:
         self.model, self.note, self.one_sided = model, note, one_sided
+        self._at: Positions | None = None
 
     def __call__(self, h: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]. Collective, in backward too."""
-        at = positions(self.model.config, h[..., 0], None)
-        return self.model.run_blocks(h, at)[0]
+        """[B, S, H] of the same S always -> [B, S, H]. Collective, in backward too."""
+        if self._at is None:  # a model has them once for all its blocks
+            self._at = positions(self.model.config, h[..., 0], None)
+        return self.model.run_blocks(h, self._at)[0]
 
     @contextmanager
     def unrounded_logits(self) -> Iterator[None]:

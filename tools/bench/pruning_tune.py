@@ -175,11 +175,13 @@ class Study:
         zero.set_adam_step(self.engine, 0)
 
     def _route(self, variant: Variant) -> None:
+        model = self.config.model
         for index, layer in self.model.moe_layers().items():
             layer.pruner = None
             if variant.policy != "none":
                 prune = PruneConfig(variant.policy, variant.devices, self.groups)
-                layer.pruner = Pruner(prune, index, self.config.model.num_experts)
+                prune.validate(model.num_experts, model.num_experts_per_tok, model.moe_layers, 1)
+                layer.pruner = Pruner(prune, index, model.num_experts)
         self.model.set_similarity(self.tables)
 
     @torch.no_grad()
