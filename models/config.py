@@ -10,6 +10,10 @@ from occult_train.models.scmoe_config import ScMoEConfig
 
 QK_NORMS = ("none", "full", "head")
 ATTENTION_BIASES = ("none", "qkv", "all")
+MOST_LAYERS = 1024
+MOST_EXPERTS = 2**17
+"""Of all layers together."""
+MOST_PARAMS = 10**15
 
 
 @dataclass
@@ -83,6 +87,14 @@ class ModelConfig:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+        layers, experts = self.num_hidden_layers, self.num_experts
+        if layers > MOST_LAYERS:
+            raise ConfigError(f"model.num_hidden_layers={layers} must be at most {MOST_LAYERS}")
+        if layers * experts > MOST_EXPERTS:
+            raise ConfigError(
+                f"model.num_experts={experts} in each of model.num_hidden_layers={layers} makes more than the "
+                f"{MOST_EXPERTS} experts that a model may have"
+            )
         for name in (
             "vocab_size",
             "num_key_value_heads",
@@ -136,6 +148,14 @@ class ModelConfig:
         self.scmoe.validate(self)
         if not self.moe_layers:
             raise ConfigError(f"model.dense_layers={self.dense_layers} leaves no layer with experts")
+        if self.num_params() > MOST_PARAMS:
+            raise ConfigError(
+                f"the model has more than {MOST_PARAMS:.0e} parameters: model.hidden_size={self.hidden_size}, "
+                f"vocab_size={self.vocab_size}, intermediate_size={self.intermediate_size}, "
+                f"num_attention_heads={self.num_attention_heads}, head_dim={self.head_dim}, "
+                f"shared_expert_intermediate_size={self.shared_expert_intermediate_size}, "
+                f"dense_intermediate_size={self.dense_intermediate_size}"
+            )
 
     @property
     def choices_per_token(self) -> int:

@@ -96,6 +96,12 @@ LEAST = {
     ),
 }
 """The least value of settings that are numbers."""
+PATHS = (
+    *("output", "model.from_pretrained", "moe.placement", "moe.prune.similarity", "checkpoint.resume"),
+    *("data.path", "data.blend", "data.valid_path", "data.tokenizer"),
+)
+LONGEST_NAME = 240
+"""Bytes of a name in a path, which leaves room for endings; file systems take 255."""
 
 
 @dataclass
@@ -408,8 +414,8 @@ def load(arguments: list[str]) -> Config:
             merged = OmegaConf.merge(merged, parts[-1])
         except _MERGE_ERRORS as error:
             raise ConfigError(_explain(error, argument)) from None
-    pretrained = _pretrained(merged.model.from_pretrained, parts)
     try:
+        pretrained = _pretrained(merged.model.from_pretrained, parts)
         if pretrained is not None:
             merged = OmegaConf.merge(OmegaConf.structured(Config), pretrained.settings, *parts)
         config = OmegaConf.to_object(merged)
@@ -448,6 +454,8 @@ def _pretrained(folder: str, parts: list[Any]) -> _Pretrained | None:
         return _Pretrained(hub.fields, hub.settings())
     except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"model.from_pretrained={folder}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"model.from_pretrained={folder}: {error.strerror}") from None
 
 
 def _own(folder: Path) -> _Pretrained:
@@ -474,19 +482,33 @@ _MERGE_ERRORS = (OmegaConfBaseException, TypeError, ValueError, OverflowError)
 
 
 def _check_values(section: Any, prefix: str = "") -> None:
-    """Refuse numbers that are not finite, and elements of the wrong type, which OmegaConf lets through in lists."""
+    """Refuse numbers that are not finite or need more than 64 bits, text that no file's name can hold, and elements of
+    the wrong type, which OmegaConf lets through in lists."""
     for f in dataclasses.fields(section):
         path, value = prefix + f.name, getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             _check_values(value, f"{path}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path}={value} must be finite")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{path}={value} needs more than 64 bits")
+        elif isinstance(value, str):
+            _check_text(path, value)
         elif get_origin(f.type) is list:
             for element in value:
                 _check_element(f"{path}={value}", element, get_args(f.type)[0])
         elif get_origin(f.type) is dict and get_args(f.type)[1] is not Any:
             for key, element in value.items():
+                if isinstance(key, str):
+                    _check_text(path, key)
                 _check_element(f"{path}.{key}={element}", element, get_args(f.type)[1])
+
+
+def _check_text(path: str, text: str) -> None:
+    if "\0" in text:
+        raise ConfigError(f"{path}={text!r} holds a zero byte")
+    if path in PATHS and any(len(name.encode(errors="replace")) > LONGEST_NAME for name in text.split("/")):
+        raise ConfigError(f"{path}={text} names a file of more than {LONGEST_NAME} bytes")
 
 
 def _check_element(text: str, element: Any, kind: type) -> None:

@@ -26,25 +26,27 @@ WRONG = {
     "zero_optimization.zero_hpz_partition_size": "is not supported by DeepSpeed with experts",
     "zero_optimization.zero_quantized_gradients": "is not supported by DeepSpeed with experts",
 }
-ALLOWED = {
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "csv_monitor",
-    "wandb",
-    "comet",
-    "communication_data_type",
-    "zero_optimization.overlap_comm",
-    "zero_optimization.reduce_bucket_size",
-    "zero_optimization.allgather_bucket_size",
-    "zero_optimization.sub_group_size",
-    "zero_optimization.stage3_prefetch_bucket_size",
-    "zero_optimization.stage3_param_persistence_threshold",
-    "zero_optimization.stage3_max_live_parameters",
-    "zero_optimization.stage3_max_reuse_distance",
+ALLOWED: dict[str, type] = {
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "comms_logger": dict,
+    "flops_profiler": dict,
+    "csv_monitor": dict,
+    "wandb": dict,
+    "comet": dict,
+    "communication_data_type": str,
+    "zero_optimization.overlap_comm": bool,
+    "zero_optimization.reduce_bucket_size": int,
+    "zero_optimization.allgather_bucket_size": int,
+    "zero_optimization.sub_group_size": int,
+    "zero_optimization.stage3_prefetch_bucket_size": int,
+    "zero_optimization.stage3_param_persistence_threshold": int,
+    "zero_optimization.stage3_max_live_parameters": int,
+    "zero_optimization.stage3_max_reuse_distance": int,
 }
+"""What their values are. DeepSpeed itself checks what the sections hold."""
+KINDS = {int: "a whole number from 0 on, of 64 bits", bool: "true or false", dict: "a section", str: "text"}
 
 
 def check_deepspeed(config: Config) -> None:
@@ -67,8 +69,19 @@ def check_deepspeed(config: Config) -> None:
             raise ConfigError(f"{path} {WRONG[key]}")
         if key not in ALLOWED:
             raise ConfigError(f"{path} has not been checked with expert parallelism and is refused")
+        if not _is_a(ALLOWED[key], value):
+            raise ConfigError(f"{path} must be {KINDS[ALLOWED[key]]}")
+        if key == "steps_per_print" and value < 1:
+            raise ConfigError(f"{path} must be at least 1")
     if config.zero.stage == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"zero.stage=0 with train.precision={config.train.precision}: DeepSpeed keeps no fp32 master weights with "
             "experts there; use zero.stage=1, or train.precision=fp32"
         )
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if kind is not int:
+        return isinstance(value, kind)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and 0 <= value < 2**63

@@ -1,6 +1,7 @@
 """From our Config to a DeepSpeed engine, refusing what DeepSpeed would compute wrongly with experts."""
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -13,7 +14,9 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
+from pydantic import ValidationError
 from torch import nn
 
 from occult_train.config import UNFUSED, Config
@@ -30,7 +33,11 @@ from occult_train.parallel.grid import Grid
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `config` on `ranks` ranks."""
+    """DeepSpeed's configuration for `config` on `ranks` ranks.
+
+    Raises:
+        ConfigError: DeepSpeed does not take what the `deepspeed` section holds.
+    """
     extra = {k: v for k, v in config.deepspeed.items() if k != "zero_optimization"}
     zero = {"stage": config.zero.stage, **config.deepspeed.get("zero_optimization", {})}
     adam = {
@@ -56,7 +63,19 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         result |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     elif config.train.precision == "fp16":
         result |= {"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if config.deepspeed:
+        try:
+            DeepSpeedConfig(copy.deepcopy(result))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"deepspeed={config.deepspeed}: {_reason(error)}") from None
     return result
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -3,15 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1000
+"""Characters of a message to the user."""
+
 
 class UserError(Exception):
     """Something the user typed or gave is wrong. The message names the setting, its value and what it clashes with.
 
-    It is one line, whatever the user's values hold.
+    It is one line, whatever the user's values hold, and its middle is left out where they are very long.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(part.strip() for part in message.splitlines()))
+        line = " ".join(part.strip() for part in message.splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}")
 
 
 class ConfigError(UserError):

@@ -46,7 +46,7 @@ def resolve(setting: str, layers: list[int], experts: int) -> dict[int, Placemen
     """The placement of every MoE layer from `moe.placement`: `contiguous`, a file as `read` takes it, or `auto`, which
     is contiguous where there is no checkpoint to take it from."""
     if setting in ("auto", "contiguous"):
-        return {layer: Placement.contiguous(experts) for layer in layers}
+        return dict.fromkeys(layers, Placement.contiguous(experts))
     return read(Path(setting), layers, experts)
 
 
@@ -57,6 +57,8 @@ def read(path: Path, layers: list[int], experts: int) -> dict[int, Placement]:
         PlacementError: missing, damaged, or of another model.
     """
     try:
+        if path.is_char_device() or path.is_fifo():  # they may never end
+            raise PlacementError(f"moe.placement={path} is no file")
         raw = json.loads(path.read_text())
         found = {int(layer): tuple(slots) for layer, slots in raw["slot_to_expert"].items()}
         named = raw.get("num_experts", experts)

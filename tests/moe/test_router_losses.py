@@ -473,6 +473,8 @@ def test_missing_placement_files_are_named(tmp_path: Path) -> None:
         read(tmp_path / "gone.json", [0], 4)
     with pytest.raises(PlacementError, match="cannot be read: Is a directory"):
         read(tmp_path, [0], 4)
+    with pytest.raises(PlacementError, match=r"moe\.placement=/dev/zero is no file"):
+        read(Path("/dev/zero"), [0], 4)
 
 
 def test_no_tokens_add_nothing_and_no_nan() -> None:

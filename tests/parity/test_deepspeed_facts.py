@@ -509,12 +509,46 @@ def test_settings_that_nobody_has_tried_are_refused(path: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(deepspeed_options.ALLOWED))
 def test_harmless_settings_reach_deepspeed(path: str) -> None:
-    config = with_setting(path, 7)
+    values: dict[type, Any] = {int: 7, bool: True, dict: {"enabled": False}, str: "bf16"}
+    value = values[deepspeed_options.ALLOWED[path]]
+    config = with_setting(path, value)
     check_deepspeed(config)
     found: Any = deepspeed_config(config, RANKS)
     for key in path.split("."):
         found = found[key]
-    assert found == 7
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        ("steps_per_print", True, r"\.steps_per_print=True must be a whole number from 0 on"),
+        ("steps_per_print", 0, r"\.steps_per_print=0 must be at least 1"),
+        (
+            "zero_optimization.sub_group_size",
+            -1,
+            r"\.zero_optimization\.sub_group_size=-1 must be a whole",
+        ),
+        (
+            "zero_optimization.sub_group_size",
+            2**63,
+            r"\.zero_optimization\.sub_group_size=9223372036854775808 must be",
+        ),
+        ("memory_breakdown", 1, r"\.memory_breakdown=1 must be true or false"),
+        ("wandb", 7, r"\.wandb=7 must be a section"),
+        ("wandb", {"enabled": "x"}, r"=\{'wandb': .*: wandb\.enabled: Input should be a valid boolean"),
+        ("communication_data_type", "fp8", r"=\{'communication_data_type': 'fp8'\}: Invalid communication_data_type"),
+    ],
+)
+def test_wrong_values_of_harmless_settings_are_refused(path: str, value: Any, text: str) -> None:
+    config = with_setting(path, value)
+
+    def use() -> None:
+        check_deepspeed(config)
+        deepspeed_config(config, RANKS)
+
+    with pytest.raises(ConfigError, match="^deepspeed" + text):
+        use()
 
 
 def test_fp16_is_refused_where_deepspeed_would_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
