@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -407,7 +407,7 @@ def load(arguments: list[str]) -> Config:
     Args:
         arguments: as typed, e.g. `["configs/demo.yaml", "train.steps=20"]`; files end in .yaml or .yml.
     """
-    merged, parts = OmegaConf.structured(Config), []
+    merged, parts = _schema(), []
     for argument in arguments:
         try:
             parts.append(_read(argument))
@@ -417,7 +417,7 @@ def load(arguments: list[str]) -> Config:
     try:
         pretrained = _pretrained(merged.model.from_pretrained, parts)
         if pretrained is not None:
-            merged = OmegaConf.merge(OmegaConf.structured(Config), pretrained.settings, *parts)
+            merged = OmegaConf.merge(_schema(), pretrained.settings, *parts)
         config = OmegaConf.to_object(merged)
     except _MERGE_ERRORS as error:
         raise ConfigError(_explain(error, "")) from None
@@ -427,6 +427,12 @@ def load(arguments: list[str]) -> Config:
     if pretrained is not None:
         _check_pretrained(config.model, pretrained)
     return config
+
+
+@cache
+def _schema() -> Any:
+    """The defaults with their types, made once. Merging copies them."""
+    return OmegaConf.structured(Config)
 
 
 class _Pretrained(NamedTuple):
@@ -513,8 +519,9 @@ def _check_text(path: str, text: str) -> None:
 
 def _check_element(text: str, element: Any, kind: type) -> None:
     right = isinstance(element, (int, float) if kind is float else kind) and not isinstance(element, bool)
-    if not right or not math.isfinite(element):
-        raise ConfigError(f"{text} must be of type {kind.__name__}, and {element} is not")
+    fits = right and (math.isfinite(element) if isinstance(element, float) else -(2**63) <= element < 2**63)
+    if not fits:
+        raise ConfigError(f"{text} must be of type {kind.__name__} and 64 bits, and {element} is not")
 
 
 def to_yaml(config: Config) -> str:

@@ -276,6 +276,8 @@ PRUNED = ["moe.prune.policy=router", "moe.prune.groups=8", "moe.prune.devices=2"
         (["model.num_experts=131072"], ["model.num_experts=131072", "model.num_hidden_layers=16", "131072 experts"]),
         (["model.vocab_size=4611686018427387904"], ["1e+15 parameters", "vocab_size=4611686018427387904"]),
         (["train.steps=9223372036854775808"], ["train.steps=9223372036854775808", "64 bits"]),
+        ([f"moe.prune.schedule={{1: 1{'0' * 400}}}"], ["moe.prune.schedule.1=1000", "64 bits"]),
+        ([f"model.dense_layers=[-1{'0' * 400}]"], ["model.dense_layers=[-1000", "64 bits"]),
         (['output="a\\0"'], ["output='a\\x00'", "zero byte"]),
         ([f"moe.placement=a/{'x' * 241}"], ["moe.placement=a/xx", "240 bytes"]),
         ([f"data.blend={{{'x' * 241}: 1}}"], ["data.blend=xx", "240 bytes"]),

@@ -150,7 +150,7 @@ documents = st.lists(mixed, max_size=4).map(lambda given: yaml.safe_dump(nested(
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of more tokens than the shipped files' sequences."""
     folder = tmp_path_factory.mktemp("generated")
-    (folder / "text.jsonl").write_text("".join(f'{{"text": "{f"a, b and {i}. " * 60}"}}\n' for i in range(40)))
+    (folder / "text.jsonl").write_text("".join(f'{{"text": "{f"a, b and {i}. " * 120}"}}\n' for i in range(40)))
     prepare([str(folder / "text.jsonl")], folder / "corpus", vocab_size=280, workers=1, valid_fraction=0.2)
     return folder / "corpus"
 
