@@ -79,16 +79,33 @@ def make(config: Config, options: Options) -> Plan:
     Raises:
         UserError: something given cannot work; nothing has been started.
     """
+    plan = spread(options, config.parallel.expert)
+    config.validate_ranks(plan.ranks)
+    return plan
+
+
+def spread(options: Options, expert: int) -> Plan:
+    """As `make`, of ranks whose settings are not known but for parallel.expert."""
     extra = passed.flags(options.deepspeed_args)
     gpus = count_gpus()
-    path = options.hostfile or (hostfile.DEFAULT_HOSTFILE if os.path.exists(hostfile.DEFAULT_HOSTFILE) else "")
+    path = hostfile_of(options)
     quiet = [] if options.verbose else ["--log_level=critical"]  # its one error is that a rank's exit code is not 0
     if path:
         plan = _plan_hosts(path, options, gpus, extra)
     else:
-        plan = _plan_this_machine(config, options, gpus)
-    config.validate_ranks(plan.ranks)
+        plan = _plan_this_machine(expert, options, gpus)
     return replace(plan, flags=[*plan.flags, *quiet, *extra])
+
+
+def hostfile_of(options: Options) -> str:
+    """Its path; empty for this machine alone."""
+    return options.hostfile or (hostfile.DEFAULT_HOSTFILE if os.path.exists(hostfile.DEFAULT_HOSTFILE) else "")
+
+
+def only(options: Options, slots: hostfile.Slots) -> Options:
+    """The same on these slots of the hostfile alone."""
+    include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
+    return replace(options, include=include, exclude="", num_nodes=0, num_gpus=0)
 
 
 def count_gpus() -> int:
@@ -105,7 +122,7 @@ def count_gpus() -> int:
     return count.value
 
 
-def _plan_this_machine(config: Config, options: Options, gpus: int) -> Plan:
+def _plan_this_machine(expert: int, options: Options, gpus: int) -> Plan:
     """One host without a hostfile: all its GPUs, or on CPU as many ranks as expert parallelism needs."""
     filtered = bool(options.include or options.exclude)
     if options.num_nodes > 1 or options.force_multi:
@@ -113,7 +130,7 @@ def _plan_this_machine(config: Config, options: Options, gpus: int) -> Plan:
     if not gpus:
         if filtered:
             raise UserError("--include and --exclude need GPUs or --hostfile; on CPU say --num-gpus for ranks")
-        ranks = options.num_gpus or config.parallel.expert
+        ranks = options.num_gpus or expert
         why = "--num-gpus" if options.num_gpus else "parallel.expert"
         slots = {"localhost": list(range(ranks))}
         flags = [f"--num_gpus={ranks}", f"--master_port={options.master_port or free_port()}"]
