@@ -145,7 +145,8 @@ def train(
 @app.command()
 def doctor(
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml|path=value]", help="Of a run: what it needs is estimated.")
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG.yaml|path=value]", help="Of a run that needs memory."),
     ] = None,
     hostfile: Annotated[str, typer.Option("--hostfile", "-H", help="Hosts, a line each. Default: this one.")] = "",
     include: Annotated[str, typer.Option("--include", "-i", help="Look at HOST:SLOT,SLOT@HOST... only.")] = "",

@@ -52,11 +52,11 @@ def _launch_once(
 ) -> tuple[int, bool]:
     """One job to its end: its exit code, and whether it failed of something that may not come again."""
     files = JobFiles(config.output, new_launch())
-    words = command(settings, options, made, files, module)
+    typed = command(settings, options, made, files, module)
     files.create()
     say(made.announcement)
     others = [host for host in made.slots if made.multi_host and not hostfile.is_this_machine(host)]
-    job = Job(words, environment(made), files, made.multi_host, others)
+    job = Job(typed, environment(made), files, made.multi_host, others)
     code = job.run()
     if not code or job.ended:
         return code, False

@@ -14,7 +14,7 @@ VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 BUCKET = 500_000_000
 """DeepSpeed's zero_optimization.reduce_bucket_size, in values."""
 PROCESS = {"cuda": 1.5e9, "cpu": 0.7e9}
-"""Bytes that a rank takes before anything of the model: CUDA's context and NCCL's buffers, or Python and its modules."""
+"""Bytes of a rank without a model: CUDA's context and NCCL's buffers, or Python and its modules."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def kept_of_token(config: Config, fused: bool) -> float:
     """
     model, width = config.model, VALUE_BYTES[config.train.precision]
     norm = (2 * width if fused else 4 + 2 * width) * model.hidden_size
-    total = norm + 4 * model.vocab_size
+    total: float = norm + 4 * model.vocab_size
     for layer in range(model.num_hidden_layers):
         dense = layer in model.mlp_layers
         if config.train.activation_checkpointing == "selective":

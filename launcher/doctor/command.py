@@ -46,7 +46,9 @@ def examine(settings: list[str], options: plan.Options, output: Path | None) -> 
     findings = judge.of_hosts(hosts, need.disk if need else judge.DISK_BYTES)
     found, trouble = _measure(options, [host for host in hosts if host.facts is not None])
     for owner, names, rates in _matrices(found, hosts):
-        console.print(report.links_table(f"inside {owner}" if owner else "between hosts", names, rates))
+        where = f"inside {owner}" if owner else "between hosts"
+        console.print(f"\n{where}, GB/s each way: all-to-all / all-reduce", soft_wrap=True)
+        console.print(report.links_table(names, rates))
         if found["device"] == "cuda" or not owner:  # inside a host without GPUs it is the cores that are slow
             findings += judge.of_links([f"{owner} {name}".strip() for name in names], **rates)
     findings += [trouble] if trouble else []

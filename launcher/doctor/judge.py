@@ -69,7 +69,7 @@ def _alone(host: Host, facts: Facts, disk_bytes: float) -> Iterator[str]:
             yield f"GPU {number}: {taken / 1e9:.1f} of {gpu['memory'] / 1e9:.1f} GB are taken; see nvidia-smi there"
 
 
-COMPARED: dict[str, Callable[[Facts], Hashable]] = {
+COMPARED: dict[str, Callable[[Facts], str]] = {
     "GPUs": lambda facts: ", ".join(sorted({gpu["name"] for gpu in facts.gpus})) or "none",
     "driver": lambda facts: ", ".join(sorted({gpu["driver"] for gpu in facts.gpus})) or "none",
     "GPU links": lambda facts: ", ".join(facts.gpu_links) or "none",

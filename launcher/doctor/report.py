@@ -16,7 +16,7 @@ MOST_NAMED = 16
 
 def hosts_table(hosts: Sequence[Host]) -> Table:
     """A row a host, with free memory and disk; what differs from most hosts is marked."""
-    table = Table(title="hosts", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("host", "answer", "clock", "cores", "memory", "disk", "GPUs", "differs"):
         table.add_column(name)
     answered = [host.facts for host in hosts if host.facts is not None]
@@ -62,17 +62,16 @@ def _marked(value: str, everybody: Sequence[str]) -> Text:
 
 
 def usual_line(hosts: Sequence[Host]) -> str:
-    """What most hosts have installed."""
+    """What most hosts have of all else."""
     everybody = [_installed(host.facts) for host in hosts if host.facts is not None]
     usual = {name: common([other[name] for other in everybody]) for name in (everybody[0] if everybody else {})}
-    return ", ".join(f"{name} {value}" for name, value in usual.items() if value != "none")
+    return "usual: " + ", ".join(f"{name} {value}" for name, value in usual.items() if value != "none")
 
 
-def links_table(title: str, names: Sequence[str], rates: dict[str, Matrix]) -> Table:
+def links_table(names: Sequence[str], rates: dict[str, Matrix]) -> Table:
     """Gigabytes a second each way, all-to-all / all-reduce, of every two sides; the slowest is marked."""
     to_all, reduced = rates["all_to_all"], rates["all_reduce"]
-    title = f"{title}, GB/s each way: all-to-all / all-reduce"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     least = min((rate for row in to_all for rate in row if rate > 0), default=0.0)
     table.add_column("")
     shown = len(names) <= MOST_NAMED
@@ -93,7 +92,7 @@ def _rate(to_all: float, reduced: float, least: float) -> Text:
     return Text(words, style="bold yellow" if to_all == least > 0 else "")
 
 
-def as_json(hosts: Sequence[Host], links: dict[str, Any], need: dict[str, float], findings: list[str]) -> dict[str, Any]:
+def as_json(hosts: Sequence[Host], links: dict[str, Any], need: dict[str, Any], findings: list[str]) -> dict[str, Any]:
     """Everything, for scripts."""
     return {
         "well": not findings,
