@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from occult_train.errors import ConfigError
 from occult_train.models.scmoe_config import ScMoEConfig
 
+MOST_LAYERS = 10_000
+"""So that a file that claims more is refused before lists of them are made."""
 QK_NORMS = ("none", "full", "head")
 ATTENTION_BIASES = ("none", "qkv", "all")
 
@@ -83,6 +85,8 @@ class ModelConfig:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ConfigError(f"model.num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}")
         for name in (
             "vocab_size",
             "num_key_value_heads",
