@@ -190,7 +190,10 @@ def _store_at(address: str, port: int, timeout: timedelta) -> Iterator[None]:
         return
     place = _own_address(address)
     if not place:
-        print(f"MASTER_ADDR={address} is no IPv4 address of this host, so rank 0 listens on all", file=sys.stderr)
+        print(
+            f"MASTER_ADDR={address} is no IPv4 address of this host for others, so rank 0 listens on all",
+            file=sys.stderr,
+        )
         yield
         return
     import torch
