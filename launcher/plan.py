@@ -66,6 +66,8 @@ class Plan:
     multi_host: bool
     """Whether other machines take part, or may."""
     announcement: str
+    hostfile: str = ""
+    """Text of the one to launch with, for launchers that know no filters; empty where the user's own does."""
 
     @property
     def ranks(self) -> int:
@@ -156,9 +158,10 @@ def _visible_devices(gpus: int) -> list[int]:
 def _plan_hosts(path: str, options: Options, gpus: int, extra: list[str]) -> Plan:
     hosts = hostfile.read(path)
     slots = hostfile.select(hosts, options.include, options.exclude, options.num_nodes, options.num_gpus)
-    flags = [f"--hostfile={path}", *_filters(options)]
     first = next(iter(slots))
     alone = len(slots) == 1 and hostfile.is_this_machine(first) and not options.force_multi
+    filtered = not alone and options.launcher.lower() in WITHOUT_FILTERS and any(_filters(options))
+    flags = [] if filtered else [f"--hostfile={path}", *_filters(options)]
     if alone:
         if gpus and max(slots[first]) >= gpus:
             raise UserError(f"hostfile {path}: host {first} has {len(hosts[first])} slots but {gpus} GPUs")
@@ -167,7 +170,8 @@ def _plan_hosts(path: str, options: Options, gpus: int, extra: list[str]) -> Pla
     else:
         flags += _multi_host_flags(slots, options, extra)
     ranks = sum(map(len, slots.values()))
-    return Plan(flags, slots, gpus > 0, not alone, f"starting {_ranks(ranks)} on {', '.join(slots)}")
+    text = "".join(f"{host} slots={len(numbers)}\n" for host, numbers in slots.items()) if filtered else ""
+    return Plan(flags, slots, gpus > 0, not alone, f"starting {_ranks(ranks)} on {', '.join(slots)}", text)
 
 
 def _filters(options: Options) -> list[str]:
@@ -191,8 +195,12 @@ def _multi_host_flags(slots: hostfile.Slots, options: Options, extra: list[str])
         raise UserError(f"--launcher={options.launcher} is not one of {', '.join(PROGRAMS)}")
     if shutil.which(PROGRAMS[launcher]) is None:
         raise UserError(f"--launcher={launcher} needs {PROGRAMS[launcher]}, which is not on PATH")
-    if launcher in WITHOUT_FILTERS and any(_filters(options)):
-        raise UserError(f"--launcher={launcher} cannot be combined with {_filters(options)[0].split('=')[0]}")
+    for host, numbers in slots.items() if launcher in WITHOUT_FILTERS else ():
+        if numbers != list(range(len(numbers))):
+            raise UserError(
+                f"--launcher={launcher} starts ranks on the first slots of a host, and {_filters(options)[0]} leaves "
+                f"{host} slots {', '.join(map(str, numbers))}; use --launcher=pdsh"
+            )
     if launcher in EQUAL_SLOTS and len({*map(len, slots.values())}) > 1:
         counts = ", ".join(f"{host} {len(numbers)}" for host, numbers in slots.items())
         raise UserError(f"--launcher={launcher} needs hosts of equal slots, they have: {counts}")

@@ -54,6 +54,8 @@ def _launch_once(
     files = JobFiles(config.output, new_launch())
     typed = command(settings, options, made, files, module)
     files.create()
+    if made.hostfile:
+        files.hostfile.write_text(made.hostfile)
     say(made.announcement)
     others = [host for host in made.slots if made.multi_host and not hostfile.is_this_machine(host)]
     job = Job(typed, environment(made), files, made.multi_host, others)
@@ -87,7 +89,8 @@ def command(settings: list[str], options: plan.Options, made: plan.Plan, files: 
     words = [*settings, f"--job={files.launch}", *(["--verbose"] if options.verbose else [])]
     if made.multi_host and options.launcher.lower() == "pdsh":
         words = [word if " " in word else shlex.quote(word) for word in words]
-    return [*plan.deepspeed_command(), *made.flags, "--module", module, *words]
+    hosts = [f"--hostfile={files.hostfile}"] if made.hostfile else []
+    return [*plan.deepspeed_command(), *hosts, *made.flags, "--module", module, *words]
 
 
 def environment(made: plan.Plan) -> dict[str, str]:

@@ -23,7 +23,7 @@ MARK = "occult-doctor "
 BUDGET = 20.0
 """Seconds after which no further pairs are measured."""
 LIMIT = 50.0
-"""Seconds after which a rank ends, whatever it waits for."""
+"""Seconds that ranks may take to meet, and then to measure, whatever they wait for."""
 ENOUGH = 0.1
 """Seconds that a message shall take; its size is quadrupled until it does."""
 LEAST_BYTES = 1 << 16
@@ -161,14 +161,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--slots", required=True)
     slots = [int(count) for count in parser.parse_known_args()[0].slots.split(",")]
-    watchdog = threading.Timer(LIMIT, _give_up)
-    watchdog.daemon = True
-    watchdog.start()
     distributed.prepare_environment()
     try:
         import torch
 
         world = distributed.initialize(timeout=timedelta(seconds=LIMIT))
+        watchdog = threading.Timer(LIMIT, _give_up)
+        watchdog.daemon = True
+        watchdog.start()
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         found = measure(slots, world.rank, device)
         if world.rank == 0:

@@ -30,7 +30,7 @@ def hosts_table(hosts: Sequence[Host]) -> Table:
 
 def _cells(host: Host, facts: Facts, answered: Sequence[Facts]) -> Iterator[Text]:
     low, high = host.clock
-    yield Text(f"{(low + high) / 2:+.1f} s")
+    yield Text(f"{max(low, 0.0) + min(high, 0.0):+.1f} s")  # as far as it is certain
     yield _marked(str(facts.cores), [str(other.cores) for other in answered])
     yield Text(f"{facts.memory_free / 1e9:.0f} of {facts.memory / 1e9:.0f} GB")
     yield Text(f"{facts.disk_free / 1e9:.0f} GB" if facts.disk_free >= 0 else "unknown")

@@ -14,8 +14,8 @@ from host_runs import OCCULT, Ended, typed
 from occult_train.tools.bench import hosts, networks
 
 pytestmark = pytest.mark.cluster
-BOUND = 60.0
-"""Seconds that it may take."""
+BOUND = 120.0
+"""Seconds, of which it takes 18 for two hosts and 40 for four on two cores that have nothing else to do."""
 
 
 def doctor(made: list[hosts.Host], folder: Path, *words: str) -> tuple[Ended, dict[str, Any]]:
@@ -84,4 +84,4 @@ def test_a_run_that_is_too_large_for_the_hosts(allowed: None, tmp_path: Path) ->
         ended, found = doctor(made, tmp_path, *settings)
     assert ended.code == 1, ended.out
     assert [line.split(" need ")[0] for line in wrong(ended) if "ranks" in line] == ["node0: 1 ranks", "node1: 1 ranks"]
-    assert found["memory"]["rank"]["weights"] > 50e9
+    assert found["memory"]["rank"]["weights"] > 30e9
