@@ -91,7 +91,7 @@ def kept_of_token(config: Config, fused: bool) -> float:
             total += (2 if dense else 3) * width * model.hidden_size + (0 if dense else _choice(config))
         else:
             total += _attention(config, fused) + 2 * norm
-            total += 4 * width * model.dense_intermediate_size if dense else _experts(config, fused)
+            total += _dense(model.dense_intermediate_size, config, fused) if dense else _experts(config, fused)
             total += norm if model.scmoe.block != "none" and not dense else 0
     return total
 
@@ -105,6 +105,11 @@ def _attention(config: Config, fused: bool) -> float:
     return kept + (width * (q + 2 * kv) if model.clip_qkv else 0)
 
 
+def _dense(size: int, config: Config, fused: bool) -> float:
+    """Of a SwiGLU of such a width: both products and what is made of them, silu apart in plain torch."""
+    return (3 if fused else 4) * VALUE_BYTES[config.train.precision] * size
+
+
 def _choice(config: Config) -> float:
     """Scores and choices."""
     return 8 * config.model.num_experts + 12 * config.model.choices_per_token
@@ -112,7 +117,7 @@ def _choice(config: Config) -> float:
 
 def _experts(config: Config, fused: bool) -> float:
     model, width = config.model, VALUE_BYTES[config.train.precision]
-    kept = _choice(config) + 4 * width * model.shared_expert_intermediate_size
+    kept = _choice(config) + _dense(model.shared_expert_intermediate_size, config, fused)
     if fused:
         return kept + 2 * width * model.intermediate_size * model.choices_per_token
     kept += 8 * model.num_experts + (4 * model.hidden_size if width == 2 else 0)

@@ -35,6 +35,7 @@ def examine(settings: list[str], options: plan.Options, output: Path | None) -> 
 
     Raises:
         UserError: settings, options or hostfile are wrong.
+        KeyboardInterrupt: it was stopped while it measured.
     """
     config = load(settings) if settings else None
     slots = _slots(options, config)
@@ -42,7 +43,7 @@ def examine(settings: list[str], options: plan.Options, output: Path | None) -> 
     need = memory.estimate(config, sum(map(len, slots.values())), hosts) if config else None
     console = Console(width=max(Console().width, WIDTH), highlight=False)
     console.print(report.hosts_table(hosts))
-    console.print(report.usual_line(hosts), soft_wrap=True)
+    console.print(report.usual_line(hosts), markup=False, soft_wrap=True)
     findings = judge.of_hosts(hosts, need.disk if need else judge.DISK_BYTES)
     found, trouble = _measure(options, [host for host in hosts if host.facts is not None])
     for owner, names, rates in _matrices(found, hosts):
@@ -97,7 +98,10 @@ def _measure(options: plan.Options, hosts: list[Host]) -> tuple[dict[str, Any], 
         arguments = [f"--slots={','.join(str(len(numbers)) for numbers in made.slots.values())}"]
         words = train.command(arguments, options, made, files, links.__name__)
         others = [host for host in made.slots if made.multi_host and not hostfile.is_this_machine(host)]
-        Job(words, train.environment(made), files, made.multi_host, others, said, JOB_SECONDS).run()
+        job = Job(words, train.environment(made), files, made.multi_host, others, said, JOB_SECONDS)
+        job.run()
+        if job.ended:
+            raise KeyboardInterrupt
         said.seek(0)
         return _read(said.read().decode(errors="replace"))
 
