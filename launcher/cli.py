@@ -4,6 +4,7 @@ import importlib
 import keyword
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -139,6 +140,41 @@ def train(
         verbose=verbose,
     )
     return launch(settings, options, restarts)
+
+
+@app.command()
+def doctor(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG.yaml|path=value]", help="Of a run that needs memory."),
+    ] = None,
+    hostfile: Annotated[str, typer.Option("--hostfile", "-H", help="Hosts, a line each. Default: this one.")] = "",
+    include: Annotated[str, typer.Option("--include", "-i", help="Look at HOST:SLOT,SLOT@HOST... only.")] = "",
+    exclude: Annotated[str, typer.Option("--exclude", "-e", help="Leave out HOST:SLOT,SLOT@HOST...")] = "",
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="Ranks on each host. Default: as `occult train`.")] = None,
+    num_nodes: Annotated[int | None, typer.Option(min=1, help="Look at the first hosts only.")] = None,
+    master_addr: Annotated[str, typer.Option(help="Address of the first host.")] = "",
+    master_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of rank 0.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> int:
+    """Check this machine, or the hosts of a hostfile: answers, versions, clocks, room, GPUs, links, memory for a run.
+
+    The exit code is 0 if all is well, 1 if something is wrong, 2 if what was typed is.
+    """
+    from occult_train.launcher.doctor.command import examine
+    from occult_train.launcher.plan import Options
+
+    options = Options(
+        hostfile=hostfile,
+        include=include,
+        exclude=exclude,
+        num_gpus=num_gpus or 0,
+        num_nodes=num_nodes or 0,
+        master_addr=master_addr,
+        master_port=master_port or 0,
+        no_ssh_check=True,
+    )
+    return examine(settings or [], options, output)
 
 
 UsageError: Any = typer.BadParameter.__bases__[0]

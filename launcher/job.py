@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -34,6 +34,8 @@ class Job:
         files: of the launch.
         multi_host: whether ranks run on other hosts too.
         others: hosts beside this one on which ranks run, reached by ssh; empty for none.
+        output: takes what is printed; None prints it here.
+        limit: seconds after which the job is ended; None for never.
     """
 
     def __init__(
@@ -43,12 +45,16 @@ class Job:
         files: JobFiles,
         multi_host: bool,
         others: Sequence[str] = (),
+        output: IO[bytes] | None = None,
+        limit: float | None = None,
     ) -> None:
         self._command = command
         self._environment = environment
         self._files = files
         self._multi_host = multi_host
         self._others = others
+        self._output = output
+        self._limit = limit
         self._received: list[int] = []
         self._received_at = 0.0
         self._stopping = False
@@ -62,7 +68,12 @@ class Job:
         try:
             self._files.expect(RankProcess.of_this_process(-1))
             process = subprocess.Popen(
-                self._command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                start_new_session=True,
             )
             code = self._wait(process)
             if code:
@@ -89,7 +100,7 @@ class Job:
             self._received_at = now
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        reported_at = None
+        reported_at, began = None, time.monotonic()
         while True:
             try:
                 return self._exit_code(process.wait(timeout=POLL_SECONDS))
@@ -98,6 +109,8 @@ class Job:
             if self._multi_host and reported_at is None and self._files.report.exists():
                 reported_at = time.monotonic()
             if reported_at is not None and time.monotonic() - reported_at > AFTER_REPORT_SECONDS:
+                return self._give_up(process)
+            if self._limit is not None and time.monotonic() - began > self._limit:
                 return self._give_up(process)
             if self._received and not self._stopping:
                 self._stopping = self._ask_to_stop()

@@ -66,6 +66,8 @@ class Plan:
     multi_host: bool
     """Whether other machines take part, or may."""
     announcement: str
+    hostfile: str = ""
+    """Text of the one to launch with, for launchers that know no filters; empty where the user's own does."""
 
     @property
     def ranks(self) -> int:
@@ -79,16 +81,33 @@ def make(config: Config, options: Options) -> Plan:
     Raises:
         UserError: something given cannot work; nothing has been started.
     """
+    plan = spread(options, config.parallel.expert)
+    config.validate_ranks(plan.ranks)
+    return plan
+
+
+def spread(options: Options, expert: int) -> Plan:
+    """As `make`, of ranks whose settings are not known but for parallel.expert."""
     extra = passed.flags(options.deepspeed_args)
     gpus = count_gpus()
-    path = options.hostfile or (hostfile.DEFAULT_HOSTFILE if os.path.exists(hostfile.DEFAULT_HOSTFILE) else "")
+    path = hostfile_of(options)
     quiet = [] if options.verbose else ["--log_level=critical"]  # its one error is that a rank's exit code is not 0
     if path:
         plan = _plan_hosts(path, options, gpus, extra)
     else:
-        plan = _plan_this_machine(config, options, gpus)
-    config.validate_ranks(plan.ranks)
+        plan = _plan_this_machine(expert, options, gpus)
     return replace(plan, flags=[*plan.flags, *quiet, *extra])
+
+
+def hostfile_of(options: Options) -> str:
+    """Its path; empty for this machine alone."""
+    return options.hostfile or (hostfile.DEFAULT_HOSTFILE if os.path.exists(hostfile.DEFAULT_HOSTFILE) else "")
+
+
+def only(options: Options, slots: hostfile.Slots) -> Options:
+    """The same on these slots of the hostfile alone."""
+    include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
+    return replace(options, include=include, exclude="", num_nodes=0, num_gpus=0)
 
 
 def count_gpus() -> int:
@@ -105,7 +124,7 @@ def count_gpus() -> int:
     return count.value
 
 
-def _plan_this_machine(config: Config, options: Options, gpus: int) -> Plan:
+def _plan_this_machine(expert: int, options: Options, gpus: int) -> Plan:
     """One host without a hostfile: all its GPUs, or on CPU as many ranks as expert parallelism needs."""
     filtered = bool(options.include or options.exclude)
     if options.num_nodes > 1 or options.force_multi:
@@ -113,7 +132,7 @@ def _plan_this_machine(config: Config, options: Options, gpus: int) -> Plan:
     if not gpus:
         if filtered:
             raise UserError("--include and --exclude need GPUs or --hostfile; on CPU say --num-gpus for ranks")
-        ranks = options.num_gpus or config.parallel.expert
+        ranks = options.num_gpus or expert
         why = "--num-gpus" if options.num_gpus else "parallel.expert"
         slots = {"localhost": list(range(ranks))}
         flags = [f"--num_gpus={ranks}", f"--master_port={options.master_port or free_port()}"]
@@ -139,9 +158,10 @@ def _visible_devices(gpus: int) -> list[int]:
 def _plan_hosts(path: str, options: Options, gpus: int, extra: list[str]) -> Plan:
     hosts = hostfile.read(path)
     slots = hostfile.select(hosts, options.include, options.exclude, options.num_nodes, options.num_gpus)
-    flags = [f"--hostfile={path}", *_filters(options)]
     first = next(iter(slots))
     alone = len(slots) == 1 and hostfile.is_this_machine(first) and not options.force_multi
+    filtered = not alone and options.launcher.lower() in WITHOUT_FILTERS and any(_filters(options))
+    flags = [] if filtered else [f"--hostfile={path}", *_filters(options)]
     if alone:
         if gpus and max(slots[first]) >= gpus:
             raise UserError(f"hostfile {path}: host {first} has {len(hosts[first])} slots but {gpus} GPUs")
@@ -150,7 +170,8 @@ def _plan_hosts(path: str, options: Options, gpus: int, extra: list[str]) -> Pla
     else:
         flags += _multi_host_flags(slots, options, extra)
     ranks = sum(map(len, slots.values()))
-    return Plan(flags, slots, gpus > 0, not alone, f"starting {_ranks(ranks)} on {', '.join(slots)}")
+    text = "".join(f"{host} slots={len(numbers)}\n" for host, numbers in slots.items()) if filtered else ""
+    return Plan(flags, slots, gpus > 0, not alone, f"starting {_ranks(ranks)} on {', '.join(slots)}", text)
 
 
 def _filters(options: Options) -> list[str]:
@@ -174,8 +195,12 @@ def _multi_host_flags(slots: hostfile.Slots, options: Options, extra: list[str])
         raise UserError(f"--launcher={options.launcher} is not one of {', '.join(PROGRAMS)}")
     if shutil.which(PROGRAMS[launcher]) is None:
         raise UserError(f"--launcher={launcher} needs {PROGRAMS[launcher]}, which is not on PATH")
-    if launcher in WITHOUT_FILTERS and any(_filters(options)):
-        raise UserError(f"--launcher={launcher} cannot be combined with {_filters(options)[0].split('=')[0]}")
+    for host, numbers in slots.items() if launcher in WITHOUT_FILTERS else ():
+        if numbers != list(range(len(numbers))):
+            raise UserError(
+                f"--launcher={launcher} starts ranks on the first slots of a host, and {_filters(options)[0]} leaves "
+                f"{host} slots {', '.join(map(str, numbers))}; use --launcher=pdsh"
+            )
     if launcher in EQUAL_SLOTS and len({*map(len, slots.values())}) > 1:
         counts = ", ".join(f"{host} {len(numbers)}" for host, numbers in slots.items())
         raise UserError(f"--launcher={launcher} needs hosts of equal slots, they have: {counts}")

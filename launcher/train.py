@@ -4,7 +4,6 @@ import itertools
 import os
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from occult_train.config import Config, load
@@ -53,11 +52,13 @@ def _launch_once(
 ) -> tuple[int, bool]:
     """One job to its end: its exit code, and whether it failed of something that may not come again."""
     files = JobFiles(config.output, new_launch())
-    command = _command(settings, options, made, files, module)
+    typed = command(settings, options, made, files, module)
     files.create()
+    if made.hostfile:
+        files.hostfile.write_text(made.hostfile)
     say(made.announcement)
     others = [host for host in made.slots if made.multi_host and not hostfile.is_this_machine(host)]
-    job = Job(command, _environment(made), files, made.multi_host, others)
+    job = Job(typed, environment(made), files, made.multi_host, others)
     code = job.run()
     if not code or job.ended:
         return code, False
@@ -79,25 +80,25 @@ def _plan_again(config: Config, options: plan.Options, made: plan.Plan) -> tuple
         if not left:
             raise UserError(f"no host of {', '.join(made.slots)} answers")
         say(f"occult: without {', '.join(gone)}, which cannot be reached")
-        include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in left.items())
-        options = replace(options, include=include, exclude="", num_nodes=0, num_gpus=0)
+        options = plan.only(options, left)
     return plan.make(config, options), options
 
 
-def _command(settings: list[str], options: plan.Options, made: plan.Plan, files: JobFiles, module: str) -> list[str]:
+def command(settings: list[str], options: plan.Options, made: plan.Plan, files: JobFiles, module: str) -> list[str]:
     """The whole `deepspeed` command. On other hosts a shell reads the settings again."""
     words = [*settings, f"--job={files.launch}", *(["--verbose"] if options.verbose else [])]
     if made.multi_host and options.launcher.lower() == "pdsh":
         words = [word if " " in word else shlex.quote(word) for word in words]
-    return [*plan.deepspeed_command(), *made.flags, "--module", module, *words]
+    hosts = [f"--hostfile={files.hostfile}"] if made.hostfile else []
+    return [*plan.deepspeed_command(), *hosts, *made.flags, "--module", module, *words]
 
 
-def _environment(made: plan.Plan) -> dict[str, str]:
+def environment(made: plan.Plan) -> dict[str, str]:
     """This environment, without what DeepSpeed would only remark on."""
-    environment = dict(os.environ)
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    variables = dict(os.environ)
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
     if not made.multi_host:
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # the plan has chosen among them
+        variables.pop("CUDA_VISIBLE_DEVICES", None)  # the plan has chosen among them
         if not made.gpus:
-            environment.setdefault("DS_ACCELERATOR", "cpu")
-    return environment
+            variables.setdefault("DS_ACCELERATOR", "cpu")
+    return variables

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from occult_train.errors import ConfigError
 from occult_train.models.scmoe_config import ScMoEConfig
 
+"""So that a file that claims more is refused before lists of them are made."""
 QK_NORMS = ("none", "full", "head")
 ATTENTION_BIASES = ("none", "qkv", "all")
 MOST_LAYERS = 1024

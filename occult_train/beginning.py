@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from occult_train.checkpoint.state import larger_than_files
 from occult_train.checkpoint.store import Checkpoint, WeightsAlone, find_latest, holds_checkpoint, open_checkpoint
 from occult_train.config import Config
 from occult_train.data.loader import open_corpora
@@ -30,6 +31,8 @@ def find(config: Config) -> Beginning:
         return None
     if not hub_files.is_model(Path(folder)) and holds_checkpoint(Path(folder)):
         checkpoint = open_checkpoint(Path(folder))
+        if large := larger_than_files(config.model, checkpoint.entries):
+            raise CheckpointError(f"checkpoint {checkpoint.folder}: its configuration {large}")
         words = hub_files.kept(checkpoint) or checkpoint.folder.parent.parent
         _check_tokenizer(config, words, f"model.from_pretrained={folder}")
         return WeightsAlone(checkpoint)

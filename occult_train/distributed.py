@@ -4,15 +4,18 @@ The deepspeed launcher and torchrun leave RANK, WORLD_SIZE and MASTER_* in the e
 DeepSpeed's MPI discovery (mpi4py); a plain `python -m` is a world of one rank.
 """
 
+import errno
 import os
 import shutil
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,6 +27,9 @@ LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OM
 MPI_VARIABLES = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 DEFAULT_PORT = 29500
+BACKLOG = 2048
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Says to torch that the store is there already."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +111,23 @@ def initialize(
     if any(name in os.environ for name in MPI_VARIABLES) and "RANK" not in os.environ:
         deepspeed.comm.mpi_discovery(first_number(("MASTER_PORT",), DEFAULT_PORT), verbose=False)
     given = all(name in os.environ for name in RANK_VARIABLES)
-    if backend == "gloo" and given and init_method is None:
-        _bind_to_the_way_to(os.environ["MASTER_ADDR"])
+    meeting: AbstractContextManager[None] = nullcontext()
+    if given and init_method is None:
+        if backend == "gloo":
+            _bind_to_the_way_to(os.environ["MASTER_ADDR"])
+        meeting = _store_at(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
     try:
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            auto_mpi_discovery=True,
-            distributed_port=first_number(("MASTER_PORT",), DEFAULT_PORT),
-            timeout=timeout,
-            init_method=init_method,
-            rank=int(os.environ["RANK"]) if given else -1,
-            world_size=int(os.environ["WORLD_SIZE"]) if given else -1,
-            verbose=False,
-        )
+        with meeting:
+            deepspeed.init_distributed(
+                dist_backend=backend,
+                auto_mpi_discovery=True,
+                distributed_port=first_number(("MASTER_PORT",), DEFAULT_PORT),
+                timeout=timeout,
+                init_method=init_method,
+                rank=int(os.environ["RANK"]) if given else -1,
+                world_size=int(os.environ["WORLD_SIZE"]) if given else -1,
+                verbose=False,
+            )
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -146,6 +156,7 @@ def shutdown() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _stores.clear()
 
 
 def _bind_to_the_way_to(address: str) -> None:
@@ -160,6 +171,73 @@ def _bind_to_the_way_to(address: str) -> None:
     names = [name for name, found in psutil.net_if_addrs().items() if own in (entry.address for entry in found)]
     if names:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+_stores: list[Any] = []
+"""Those that this process serves."""
+
+
+@contextmanager
+def _store_at(address: str, port: int, timeout: timedelta) -> Iterator[None]:
+    """While ranks meet at a store: rank 0 serves it at that address alone, where torch would listen on every network
+    of the host. Nothing is done under torchrun, whose agent serves it.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    if os.environ["RANK"] != "0" or os.environ.get(AGENT_STORE) == "True":
+        yield
+        return
+    place = _own_address(address)
+    if not place:
+        print(
+            f"MASTER_ADDR={address} is no IPv4 address of this host for others, so rank 0 listens on all",
+            file=sys.stderr,
+        )
+        yield
+        return
+    import torch
+
+    server = torch.distributed.TCPStore(
+        place,
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=_listen(place, port).detach(),
+    )
+    _stores.append(server)
+    os.environ[AGENT_STORE] = "True"  # torch connects alone
+    try:
+        yield
+    finally:
+        del os.environ[AGENT_STORE]
+
+
+def _own_address(name: str) -> str:
+    """The IPv4 address that a name means here, where this host has it and the other ranks' hosts may find it."""
+    try:
+        found = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((found, 0))
+    except OSError:
+        return ""
+    alone = first_number(LOCAL_SIZE_VARIABLES, 1) == int(os.environ["WORLD_SIZE"])
+    return found if alone or not found.startswith("127.") else ""
+
+
+def _listen(place: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((place, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise UserError(f"port {port} is in use; choose another with --master-port") from None
+    return listener
 
 
 def _become_single_rank_if_alone() -> None:

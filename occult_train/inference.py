@@ -12,7 +12,7 @@ from rich.progress import track
 from occult_train import config as configs
 from occult_train.checkpoint.logical import logical_tensors
 from occult_train.checkpoint.placing import recorded
-from occult_train.checkpoint.state import Weights, check_fits
+from occult_train.checkpoint.state import Weights, check_fits, larger_than_files
 from occult_train.checkpoint.store import Checkpoint, open_checkpoint
 from occult_train.config import Config
 from occult_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -63,6 +63,8 @@ def fill_model(
     runtime: Runtime | None = None,
 ) -> GPT:
     """As `load_model`, from anything that holds the weights of such a model."""
+    if large := larger_than_files(config, checkpoint.entries):
+        raise CheckpointError(f"checkpoint {checkpoint.folder}: its configuration {large}")
     with torch.device(device), _default_dtype(dtype):
         model = GPT(config, runtime)
     logical = logical_tensors(model, model.runtime.grid)

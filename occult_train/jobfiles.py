@@ -4,6 +4,7 @@
     <output>/.launch/<launch>/rank-3    the process of a rank that is set up, removed when it ends of its own accord
     <output>/.launch/<launch>/running   the process of `occult train`, removed by rank 0 when it ends well
     <output>/.launch/<launch>/stop      a request to save and stop
+    <output>/.launch/<launch>/hosts     the hosts that are used, for launchers that know no filters
     <output>/.launch/<launch>/room-HOST-PID    some bytes that give way to the report where the disk is full
 
 On several hosts the folder must be shared, as checkpoints need it to be anyway. Nothing here imports torch.
@@ -139,6 +140,11 @@ class JobFiles:
         self.report = self.output / "errors" / f"{launch}.txt"
         self._folder = self.output / ".launch" / launch
         self._room = self._folder / f"room-{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def hostfile(self) -> Path:
+        """Where `occult train` writes the hosts that are used, if it has to."""
+        return self._folder / "hosts"
 
     def create(self) -> None:
         """Make the folders, check that they can be written, and keep some room for this process's report.

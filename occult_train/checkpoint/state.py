@@ -1,6 +1,7 @@
 """Saving a live engine to logical tensors, and setting an engine from them. Everything here is collective."""
 
 import base64
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from occult_train.checkpoint import store
 from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.errors import CheckpointError
+from occult_train.models.config import ModelConfig
 from occult_train.moe.placement import to_table
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
@@ -201,6 +203,25 @@ def load(engine: Any, grid: Grid, checkpoint: Weights) -> None:
         if bias is not None:
             layer.router.expert_bias.copy_(torch.tensor(bias))
     _load_rng(grid, state.get("rng") or [])
+
+
+SLACK = 10**8
+"""Parameters that a model may have beyond twice what its files hold, before they are compared one by one."""
+
+
+def larger_than_files(model: ModelConfig, entries: Mapping[str, Shaped]) -> str:
+    """In words, that a configuration describes a far larger model than its files hold, for which no memory shall be
+    taken; empty where it does not. Near misses are `check_fits`'s to name.
+
+    Args:
+        entries: tensors of the files by name, moments among them.
+    """
+    held = sum(math.prod(entry.shape) for name, entry in entries.items() if "/" not in name)
+    if entries and model.num_hidden_layers > len(entries):
+        return f"describes {model.num_hidden_layers} layers, the files hold {len(entries)} tensors"
+    if model.num_params() > 2 * held + SLACK:
+        return f"describes {model.num_params():,} parameters, the files hold {held:,}"
+    return ""
 
 
 def check_fits(checkpoint: Weights, logical: list[Logical], kinds: tuple[str, ...]) -> None:

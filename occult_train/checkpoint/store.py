@@ -12,6 +12,7 @@ from torch import Tensor
 
 from occult_train.checkpoint.shards import Entry, read_entry
 from occult_train.errors import CheckpointError
+from occult_train.inside import inside
 
 FORMAT = "occult-checkpoint"
 VERSION = 2
@@ -25,10 +26,7 @@ class Checkpoint:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.state: dict[str, Any] = manifest["state"]
-        self.entries = {
-            name: Entry(e["file"], tuple(e["shape"]), e["offset"], e["sha256"])
-            for name, e in manifest["tensors"].items()
-        }
+        self.entries = {name: _entry(folder, name, e, manifest["files"]) for name, e in manifest["tensors"].items()}
 
     @property
     def step(self) -> int:
@@ -85,7 +83,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files, texts = manifest["files"], manifest["texts"]
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be understood ({error!r})") from None
     if not whole:
         raise CheckpointError(f"checkpoint {folder} is damaged: the checksum of {MANIFEST} does not match")
@@ -93,8 +91,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _entry(folder: Path, name: str, raw: dict[str, Any], files: dict[str, int]) -> Entry:
+    """A tensor's place, which must lie in its file."""
+    shape, offset = raw["shape"], raw["offset"]
+    if any(type(number) is not int or number < 0 for number in (*shape, offset)):
+        raise ValueError(f"{name} has shape {shape} at {offset}")
+    entry = Entry(raw["file"], tuple(shape), offset, raw["sha256"])
+    if offset + entry.nbytes > files[entry.file]:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {name} of shape {shape} does not fit into {entry.file}, "
+            f"which has {files[entry.file]} bytes"
+        )
+    return entry
+
+
 def _check_files(folder: Path, files: dict[str, int], texts: dict[str, str]) -> None:
     """Sizes of all files and checksums of the small ones; tensors have theirs verified when they are read."""
+    for file in (*files, *texts):
+        inside(folder, file, f"{folder}/{MANIFEST}", CheckpointError)
     for file, size in files.items():
         if not (folder / file).is_file():
             raise CheckpointError(f"checkpoint {folder} is incomplete: {file} is missing")
@@ -122,10 +136,10 @@ def _absent(path: Path) -> str:
 def find_latest(root: Path) -> Path | None:
     """The newest complete checkpoint under `root`: the one `latest` names, else the highest step; None if none."""
     try:
-        named = root / (root / "latest").read_text().strip()
-        if (named / MANIFEST).is_file():
-            return named
-    except OSError:
+        named = (root / "latest").read_text().strip()
+        if _STEP.match(named) and (root / named / MANIFEST).is_file():
+            return root / named
+    except (OSError, UnicodeDecodeError):
         pass
     complete = _complete(root)
     return complete[-1] if complete else None

@@ -9,6 +9,7 @@ from occult_train.data.indexed import IndexedReader, pair, split_prefix
 from occult_train.data.metadata import METADATA, read_metadata
 from occult_train.data.tokenizer import find_tokenizer, load_tokenizer
 from occult_train.errors import DataError
+from occult_train.inside import inside
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _open_folder(folder: Path, setting: str, tokenizer: str | Path) -> Corpus:
         recorded = metadata[name].get("tokens") if isinstance(metadata[name], dict) else None
         if recorded != reader.tokens:
             raise DataError(f"{reader.bin_path} has {reader.tokens} tokens, {METADATA} beside it says {recorded}")
-    file = folder / str(metadata["tokenizer"])
+    file = inside(folder, metadata["tokenizer"], f"{folder}/{METADATA}", DataError)
     if not file.is_file():
         raise DataError(f"{folder} has lost its tokenizer {file.name}")
     for candidate in (file, _tokenizer_file(tokenizer)):

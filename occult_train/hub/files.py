@@ -8,6 +8,7 @@ from typing import Any
 from occult_train.checkpoint.store import Checkpoint
 from occult_train.data.tokenizer import find_tokenizer, load_tokenizer
 from occult_train.errors import DataError
+from occult_train.inside import inside
 
 FOLDER = "hub"
 """Where a run keeps the files of the Hugging Face model that it began with."""
@@ -25,8 +26,14 @@ def is_model(folder: Path) -> bool:
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
-    """Copy those files that there are, and return their names."""
+    """Copy those files that there are, and return their names.
+
+    Raises:
+        DataError: one is a link to somewhere else, whose content would travel on with the model.
+    """
     there = [name for name in names if (source / name).is_file()]
+    for name in there:
+        inside(source, name, "a model", DataError)
     if there:
         target.mkdir(parents=True, exist_ok=True)
     for name in there:
@@ -63,7 +70,7 @@ def read_settings(folder: Path | None, name: str) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads((folder / name).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / name} is damaged: {error}") from None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from occult_train.errors import ConfigError
-from occult_train.models.config import ModelConfig
+from occult_train.models.config import MOST_LAYERS, ModelConfig
 from occult_train.models.families import Family, family_named
 from occult_train.models.families.rules import Unfit
 
@@ -42,6 +42,8 @@ def read_config(folder: Path) -> HubConfig:
         ConfigError: missing, damaged, of a family that we do not have, or with what we cannot compute.
     """
     raw = _read_json(folder)
+    if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+        raise ConfigError(f"{folder}/config.json has num_hidden_layers={layers}; {MOST_LAYERS} are the most")
     family = family_named(raw)
     if isinstance(family, str):
         raise ConfigError(f"{folder}/config.json: {family}")
@@ -71,7 +73,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a Hugging Face model: it has no config.json") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is damaged: it holds no object")

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from occult_train.checkpoint.logical import logical_tensors
+from occult_train.checkpoint.state import larger_than_files
 from occult_train.errors import DataError
 from occult_train.hub.folder import HubConfig, read_config
 from occult_train.hub.tensorfile import Piece, read_bytes, read_header, to_tensor
+from occult_train.inside import inside
 from occult_train.models.config import ModelConfig
 from occult_train.models.families.family import Stack
 from occult_train.models.gpt import GPT
@@ -90,6 +92,8 @@ def open_model(folder: Path) -> HubModel:
     """
     config = read_config(folder)
     pieces = _pieces(folder)
+    if large := larger_than_files(config.model, pieces):
+        raise DataError(f"{folder}/config.json {large}")
     entries = _find(config, expected_tensors(config.model), pieces)
     _check_tied(config, pieces)
     return HubModel(config, entries, _digests(folder))
@@ -108,7 +112,7 @@ def _pieces(folder: Path) -> dict[str, Piece]:
     if single.exists() and index.exists():
         raise DataError(f"{folder} holds both {SINGLE} and {INDEX}; one of them is stale, remove it")
     if single.exists():
-        return read_header(single)
+        return read_header(inside(folder, SINGLE, "a model", DataError))
     if not index.exists():
         other = next((p.name for p in sorted(folder.glob("*.bin"))), None)
         hint = f"; {other} is not read, save it as safetensors" if other else ""
@@ -121,14 +125,14 @@ def _indexed(folder: Path, index: Path) -> dict[str, Piece]:
         weight_map = json.loads(index.read_text())["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
-            files.setdefault(Path(file).name, []).append(name)
+            files.setdefault(file, []).append(name)
     except OSError as error:
         raise DataError(f"{index} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{index} is damaged: {error!r}") from None
     found: dict[str, Piece] = {}
     for file, names in files.items():
-        if not (folder / file).is_file():
+        if not inside(folder, file, str(index), DataError).is_file():
             raise DataError(f"{folder} is incomplete: {file}, which {INDEX} names, is missing")
         there = read_header(folder / file)
         if set(there) != set(names):
@@ -208,5 +212,5 @@ def _digests(folder: Path) -> dict[str, str]:
         return dict(note.get("sha256", {}))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{folder}/{NOTE} is damaged: {error}") from None

@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, Piece]:
         pieces = {name: _piece(path, name, entry, 8 + length) for name, entry in header.items()}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is damaged: its header cannot be understood ({error!r})") from None
     _check_places(path, pieces, 8 + length, size)
     return pieces

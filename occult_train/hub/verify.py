@@ -99,12 +99,15 @@ def load_theirs(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind: Any = AutoModelForCausalLM
-    plain = {"experts_implementation": "eager"}  # grouped products want widths of whole 16 bytes
+    # grouped products want widths of whole 16 bytes
+    plain: dict[str, Any] = {"experts_implementation": "eager", "trust_remote_code": False}
     family = family_named(read_settings(folder, "config.json"))
     if isinstance(family, Family) and family.modelling:
         module = importlib.import_module(f"{families.__name__}.{family.modelling.removesuffix('.py')}")
         kind, plain = getattr(module, family.architecture), {}
-    theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **plain)
+    theirs, info = kind.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **plain
+    )
     odd = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if odd:
         raise UserError(f"{folder}: transformers finds these tensors missing, unexpected or of another shape: {odd}")

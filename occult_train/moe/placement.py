@@ -64,7 +64,7 @@ def read(path: Path, layers: list[int], experts: int) -> dict[int, Placement]:
         named = raw.get("num_experts", experts)
     except OSError as error:
         raise PlacementError(f"moe.placement={path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlacementError(f"moe.placement={path} is not a placement file: {error!r}") from None
     if sorted(found) != sorted(layers):
         raise PlacementError(f"moe.placement={path} places layers {sorted(found)}, the model has experts in {layers}")

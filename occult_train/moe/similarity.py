@@ -106,7 +106,10 @@ class SimilarityTables:
         text = metadata.get("layers", "")
         if metadata.get("format") != FORMAT or metadata.get("sha256") != digest(text, tensors):
             raise StatisticsError(f"similarity {path} is damaged: the checksum does not match")
-        return cls({index: tensors[f"layers.{index}.similarity"] for index in json.loads(text)})
+        try:
+            return cls({int(index): tensors[f"layers.{index}.similarity"] for index in json.loads(text)})
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise StatisticsError(f"similarity {path} cannot be understood: {error!r}") from None
 
 
 def cosines(products_EE: Tensor) -> Tensor:

@@ -105,18 +105,19 @@ class RoutingStatistics:
             raise StatisticsError(f"statistics {path} are damaged, or no safetensors file: {error}") from None
         if metadata.get("sha256") != digest(metadata.get("about", ""), tensors):
             raise StatisticsError(f"statistics {path} are damaged: the checksum does not match")
-        return cls._parse(path, json.loads(metadata["about"]), tensors)
+        return cls._parse(path, metadata.get("about", ""), tensors)
 
     @classmethod
-    def _parse(cls, path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> "RoutingStatistics":
+    def _parse(cls, path: Path, text: str, tensors: dict[str, Tensor]) -> "RoutingStatistics":
         layers = {}
         try:
+            about: dict[str, Any] = json.loads(text)
             for index, tokens in sorted((int(index), int(tokens)) for index, tokens in about["tokens"].items()):
                 loads, pairs, sets = (tensors[f"layers.{index}.{name}"] for name in ("loads", "pairs", "sets"))
                 products = tensors.get(f"layers.{index}.logit_products")
                 layers[index] = LayerStatistics(tokens, loads, pairs, sets, products)
             found = cls(int(about["num_experts"]), int(about["top_k"]), layers, dict(about["provenance"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StatisticsError(f"statistics {path} cannot be understood: {error!r}") from None
         try:
             found.check()

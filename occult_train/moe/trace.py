@@ -80,6 +80,8 @@ def _parse(where: str, line: str) -> Iterator[tuple[str, Any]]:
 
 def _checked(where: str, chosen_TK: Tensor, tokens: int, top_k: int, experts: int) -> Tensor:
     """The choices without padding."""
+    if not 1 <= top_k <= experts or tokens < 0:
+        raise StatisticsError(f"trace {where} has {tokens} tokens of {top_k} experts each, of {experts} (--experts)")
     if not tokens == len(chosen_TK) == 0 and tuple(chosen_TK.shape) != (tokens, top_k):
         raise StatisticsError(
             f"trace {where} has choices {list(chosen_TK.shape)}, not {[tokens, top_k]} as the rest says"

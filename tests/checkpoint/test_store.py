@@ -175,7 +175,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         writer.write(name, torch.zeros(shape))
     writer.close()
     tensors = {n: e.to_json() for n, e in writer.entries.items()}
-    store.commit(root, 1, {"state": {"step": 1}, "tensors": tensors, "files": {}}, 0)
+    files = {writer.path.name: writer.path.stat().st_size}
+    store.commit(root, 1, {"state": {"step": 1}, "tensors": tensors, "files": files}, 0)
     checkpoint = store.open_checkpoint(root)
     state.check_fits(checkpoint, logical, ("param",))
     for override, message in (

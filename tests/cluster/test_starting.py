@@ -107,6 +107,8 @@ def test_a_line_of_deepspeeds_environment_file_that_it_cannot_read(two: list[Hos
     [
         (["--exclude", "node0:1@node1:0"], ["0 0 node0 1", "1 0 node1 1"]),
         (["--include", "node1"], ["0 0 node1 1", "1 1 node1 1"]),
+        (["--launcher", "mpich", "--include", "node1"], ["0 0 node1 1", "1 1 node1 1"]),
+        (["--launcher", "mpich", "--exclude", "node0:1@node1:1"], ["0 0 node0 1", "1 0 node1 1"]),
         (["--launcher", "mpich"], ["0 0 node0 6", "1 1 node0 6", "2 0 node1 6", "3 1 node1 6"]),
     ],
 )

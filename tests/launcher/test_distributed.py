@@ -1,7 +1,9 @@
 """How torch.distributed is set up, and what that relies on in DeepSpeed."""
 
 import os
+from datetime import timedelta
 
+import psutil
 import pytest
 
 from occult_train import distributed
@@ -65,3 +67,43 @@ def test_cores_are_shared_out_over_the_ranks_of_a_host(bare: pytest.MonkeyPatch)
     os.environ["LOCAL_SIZE"] = "4"
     distributed.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    "name, size, expected",
+    [
+        ("127.0.0.1", "2", "127.0.0.1"),
+        ("127.0.0.1", "4", ""),  # where the ranks of another host would look at themselves
+        ("192.0.2.1", "4", ""),  # of documentation, of no host
+        ("no.such.host.invalid", "4", ""),
+    ],
+)
+def test_the_store_is_served_at_an_address_of_this_host_that_others_find(
+    bare: pytest.MonkeyPatch, name: str, size: str, expected: str
+) -> None:
+    os.environ.update(LOCAL_SIZE="2", WORLD_SIZE=size)
+    assert distributed._own_address(name) == expected
+
+
+def test_rank_0_alone_serves_the_store_and_listens_at_its_address_alone(bare: pytest.MonkeyPatch) -> None:
+    port = distributed.free_port()
+    os.environ.update(LOCAL_SIZE="2", WORLD_SIZE="2", RANK="1")
+    with distributed._store_at("127.0.0.1", port, timedelta(seconds=10)):
+        assert distributed.AGENT_STORE not in os.environ
+    os.environ["RANK"] = "0"
+    with distributed._store_at("127.0.0.1", port, timedelta(seconds=10)):
+        assert os.environ[distributed.AGENT_STORE] == "True"
+        own = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert [(address.ip, address.port) for address in own if address.port == port] == [("127.0.0.1", port)]
+        with pytest.raises(UserError, match=f"port {port} is in use"):
+            distributed._listen("127.0.0.1", port)
+    assert distributed.AGENT_STORE not in os.environ
+    distributed._stores.clear()
+
+
+def test_where_rank_0_cannot_choose_it_says_so(bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ.update(LOCAL_SIZE="1", WORLD_SIZE="2", RANK="0")
+    with distributed._store_at("192.0.2.1", 29500, timedelta(seconds=10)):
+        assert distributed.AGENT_STORE not in os.environ
+    expected = "MASTER_ADDR=192.0.2.1 is no IPv4 address of this host for others, so rank 0 listens on all\n"
+    assert capsys.readouterr().err == expected

@@ -124,6 +124,31 @@ def test_launchers_and_flags_that_cannot_work(tmp_path: Path, options: dict, mes
         plan.make(_config(), Options(hostfile=_hosts(tmp_path, "here", "there"), **options))
 
 
+def test_launchers_without_filters_are_given_the_hosts_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.shutil, "which", lambda name: f"/bin/{name}")
+    hosts = _hosts(tmp_path, "here", "there")
+    for launcher, options, expected in (
+        ("mpich", {"include": "here:0@there:0"}, "here slots=1\nthere slots=1\n"),
+        ("openmpi", {"exclude": "there:1"}, "here slots=2\nthere slots=1\n"),
+        ("mpich", {"include": "there"}, "there slots=2\n"),
+        ("openmpi", {"num_nodes": 2, "num_gpus": 1}, "here slots=1\nthere slots=1\n"),
+    ):
+        made = plan.make(_config(), Options(hostfile=hosts, launcher=launcher, **options))
+        assert made.hostfile == expected
+        assert not [flag for flag in made.flags if flag.startswith(("--hostfile", "--include", "--exclude", "--num"))]
+    assert plan.make(_config(), Options(hostfile=hosts, launcher="mpich")).hostfile == ""
+    assert plan.make(_config(), Options(hostfile=hosts, include="there:1")).hostfile == "", "pdsh filters itself"
+    alone = plan.make(_config(), Options(hostfile=hosts, launcher="mpich", include="here:1"))
+    assert (alone.hostfile, alone.multi_host) == ("", False)
+    message = (
+        r"--launcher=mpich starts ranks on the first slots of a host, and --include=there:1 leaves there slots 1; use"
+    )
+    with pytest.raises(UserError, match=message):
+        plan.make(_config(), Options(hostfile=hosts, launcher="mpich", include="there:1"))
+
+
 @pytest.mark.parametrize("options", [{"num_nodes": 2}, {"force_multi": True}])
 def test_nodes_without_a_hostfile(options: dict) -> None:
     with pytest.raises(UserError, match=r"several nodes need --hostfile"):
