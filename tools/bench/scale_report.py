@@ -45,11 +45,10 @@ class Point:
     def of(record: Record) -> "Point":
         """From a line of the log."""
         layers = record["layers"]
-        means = {name: fmean(layer[name] for layer in layers) for name in ("c_t", "intra_share", "load_max_over_mean")}
+        c_t, intra, load = (fmean(layer[n] for layer in layers) for n in ("c_t", "intra_share", "load_max_over_mean"))
         sent = sum(layer["bytes_sent"] for layer in layers)
-        kept = {name: record[name] for name in ("step", "time", "tokens", "loss", "tokens_per_second")}
-        load = means.pop("load_max_over_mean")
-        return Point(**kept, **means, load=load, bytes_sent=sent)
+        step, time, tokens, loss = (record[name] for name in ("step", "time", "tokens", "loss"))
+        return Point(step, time, tokens, loss, c_t, intra, load, sent, record["tokens_per_second"])
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,11 @@ def continuity(run: Training) -> str:
     apart = [abs(new.loss - old.loss) / old.loss for old, new in pairs]
     missing = run.missing()
     log = f"steps {missing} are missing" if missing else "no logged step is missing"
+    losses = f"{first.loss:.4f} to {last.loss:.4f} before and {again.loss:.4f} to {redone.loss:.4f} behind the kill"
     return (
-        f"{at}; {again.time - run.killed.time:.0f} s later step {again.step:,} was logged again. Steps {first.step:,} to "
-        f"{last.step:,} were trained twice ({len(pairs)} logged): the loss was {first.loss:.4f} to {last.loss:.4f} before "
-        f"and {again.loss:.4f} to {redone.loss:.4f} behind the kill, at most {max(apart):.1e} apart (relative); {log} "
-        f"up to step {run.points[-1].step:,}."
+        f"{at}; {again.time - run.killed.time:.0f} s later step {again.step:,} was logged again. Steps {first.step:,} "
+        f"to {last.step:,} were trained twice ({len(pairs)} logged): the loss was {losses}, at most {max(apart):.1e} "
+        f"apart (relative); {log} up to step {run.points[-1].step:,}."
     )
 
 
@@ -152,7 +151,7 @@ def report(run: Training) -> str:
 
 def _replacements(records: list[Record]) -> list[str]:
     lines = [
-        "| placed anew at step | layers moved | experts | C_T | expected | device load | expected | solved, s | moved, s |",
+        "| placed anew at | layers moved | experts | C_T | expected | device load | expected | solved, s | moved, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -164,9 +163,8 @@ def _replacements(records: list[Record]) -> list[str]:
         ]
         moved = f"{sum(layer['moved'] for layer in layers)} of {len(layers)} | {record['experts_moved']}"
         numbers = f"{c_t:.3f} | {after[0]:.3f} | {load:.2f} | {after[1]:.2f}"
-        lines.append(
-            f"| {record['step']:,} | {moved} | {numbers} | {record['solve_seconds']:.1f} | {record['move_seconds']:.1f} |"
-        )
+        took = f"{record['solve_seconds']:.1f} | {record['move_seconds']:.2f}"
+        lines.append(f"| {record['step']:,} | {moved} | {numbers} | {took} |")
     return lines
 
 

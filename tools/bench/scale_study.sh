@@ -21,7 +21,7 @@
 #   a rank of 4 holds 1.61 G + 0.47 G parameters: 4 GB of them, 4 GB of gradients, 21 GB of optimizer states (experts are
 #   not sharded further) and 7 GB of gradients in fp32: 36 GB (20 GB of 8), and 16 to 24 GB of activations for 2 x 4096
 #   tokens. ZeRO-2 shards dense gradients alone, 0.9 GB.
-# On a CPU RANKS (2) are started; give sizes, such as --shape 32,16,64,8 --tokens 64 --seconds 0.01 to layer.
+# On a CPU RANKS (2) are started; give sizes, such as --shape 80,16,64,8 --tokens 64 --seconds 0.01 to layer.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   sed -n '2,/^# CORPUS/p' "$0" >&2
@@ -74,7 +74,7 @@ profile)
     placing+=($!)
   done
   for process in "${placing[@]}"; do wait "$process"; done
-  grep -h '^D=' "$work"/profile/place-*.txt
+  grep -h '^D=.*C_T' "$work"/profile/place-*.txt
   cp -r "$work/profile" "$output"
   ;;
 layer)
