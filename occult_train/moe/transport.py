@@ -226,11 +226,9 @@ class HostTransport(CollectiveTransport):
         """Whether the group's GPUs are of one host, which has shared memory for the rings left, if there are none.
         Collective."""
         devices = devices_of_one_host(grid)
-        if devices and grid.expert_group not in _RINGS:
-            room = shutil.disk_usage(SHARED_MEMORY).free >= bytes_needed(grid.expert_size)
-        else:
-            room = bool(devices)
-        return _all_say(room, grid)
+        made = grid.expert_group in _RINGS
+        room = not devices or made or shutil.disk_usage(SHARED_MEMORY).free >= bytes_needed(grid.expert_size)
+        return _all_say(bool(devices) and room, grid)
 
 
 _RINGS: dict[Any, HostAllToAll] = {}
