@@ -37,8 +37,11 @@ where=(--ep "$ranks")
 if [ "$gpus" -eq 0 ]; then where+=(--cpu); fi
 mkdir -p "$work" "$output"
 
-# `timeout` ends what has not ended; rows that are there stay
-limited() { time timeout -s TERM "$seconds" "$@"; }
+# What has not ended when the time is over is ended; rows that are there stay
+limited() {
+  local left=$((seconds - SECONDS))
+  time timeout -s TERM "$((left > 1 ? left : 1))" "$@"
+}
 
 case $piece in
 train)
@@ -53,7 +56,7 @@ train)
     corpus=$(dirname "$work"/corpus/*/corpus.json)
   fi
   code=0
-  "$python" -m occult_train.tools.bench.scale_train "$work/run" --seconds $((seconds - 60)) \
+  "$python" -m occult_train.tools.bench.scale_train "$work/run" --seconds $((seconds - SECONDS - 60)) \
     --kill-at "${KILL_STEP:-2500}" configs/placement_study.yaml "data.path=$corpus" "parallel.expert=$ranks" \
     "train.micro_batch_size=$((64 / ranks))" train.steps=10000 moe.matmul=joint moe.statistics.steps=0 \
     moe.replace.interval=2000 moe.replace.window=200 checkpoint.interval=1000 eval.interval=1000 "$@" || code=$?
@@ -87,10 +90,9 @@ layer)
   placed="$ours,placement=$work/profile/placement-$ranks.json" pruned=""
   for m in 3 2 1; do if [ "$m" -lt "$ranks" ]; then pruned+=" $ours,prune=$m"; fi; done
   shared=(--p2p "$p2p" --seconds 0.3 "${where[@]}")
-  started=$SECONDS failed=0
+  failed=0
   limited "${occult[@]}" bench layer --shape olmoe --routing "$routing" --system "$ours $placed$pruned autoep" \
     --csv "$output/layer-$p2p-trained.csv" "${shared[@]}" "$@" || failed=1
-  seconds=$((seconds - SECONDS + started))
   limited "${occult[@]}" bench layer --shape "deepseek-moe-16b $qwen qwen3-30b-a3b" --system "$ours$pruned autoep" \
     --csv "$output/layer-$p2p-uniform.csv" "${shared[@]}" "$@" || failed=1
   "$python" -m occult_train.tools.bench.scale_layers "$output"/layer-*.csv | tee "$output/layers.md"
