@@ -140,13 +140,12 @@ def test_the_last_rank_is_killed_once_and_the_log_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [4, 8])
-def test_the_script_trains_through_a_kill(ranks: int, tmp_path: Path) -> None:
+def test_the_script_trains_through_a_kill(tmp_path: Path) -> None:
     """On CPUs the steps that are trained twice have the same losses, bit for bit."""
     lines = [{"text": f"def f{i}(x):\n    return x + {i % 7} * {i % 11}\n" * 3} for i in range(80)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare([str(tmp_path / "text.jsonl")], tmp_path / "corpus", vocab_size=290, workers=1, valid_fraction=0.2)
-    environment = {"KILL_STEP": "22", "RANKS": str(ranks), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {"KILL_STEP": "22", "RANKS": "4", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["tools/bench/scale_study.sh", tmp_path, tmp_path / "out", "train", tmp_path / "corpus", *SIZES],
         **{"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True, "timeout": 580},
@@ -154,7 +153,7 @@ def test_the_script_trains_through_a_kill(ranks: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     run = Training.read(tmp_path / "run")
     assert run.killed is not None
-    assert run.killed.rank == ranks - 1
+    assert run.killed.rank == 3
     assert run.repeated()[0][0].step == 18
     assert all(old.loss == new.loss for old, new in run.repeated())
     assert (run.missing(), run.points[-1].step) == ([], 28)

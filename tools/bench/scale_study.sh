@@ -19,8 +19,8 @@
 #   ordered pair of GPUs (0.8 GB for 4, 3.8 GB for 8); where it is smaller, WAY=transport=collective,overlap=1.
 # step: OLMoE-1B-7B whole (16 layers, 6.92 G parameters: 6.44 G in experts), random weights, accumulation 1 and 8. By count
 #   a rank of 4 holds 1.61 G + 0.47 G parameters: 4 GB of them, 4 GB of gradients, 21 GB of optimizer states (experts are
-#   not sharded further) and 7 GB of gradients in fp32: 36 GB (20 GB of 8), and 16 to 24 GB of activations for 2 x 4096
-#   tokens. ZeRO-2 shards dense gradients alone, 0.9 GB.
+#   not sharded further) and 7 GB of gradients in fp32: 36 GB (19 GB of 8). What came on top on two GPUs was 9 to 17 GB,
+#   of AutoEP 24 to 32 GB. ZeRO-2 shards dense gradients alone, 0.9 GB.
 # On a CPU RANKS (2) are started; give sizes, such as --shape 80,16,64,8 --tokens 64 --seconds 0.01 to layer.
 set -euo pipefail
 if [ $# -lt 3 ]; then
