@@ -94,7 +94,7 @@ class Training:
         return sorted({1, *range(self.interval, max(seen) + 1, self.interval)} - seen)
 
     def seconds(self) -> float:
-        """Spent on the steps in the log, without starting, saving and evaluating."""
+        """Spent on the steps in the log, without starting and evaluating."""
         tokens = [0, *(point.tokens for point in self.points)]
         spent = zip(self.points, tokens[:-1], strict=True)
         return sum((point.tokens - before) / point.tokens_per_second for point, before in spent)

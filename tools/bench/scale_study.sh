@@ -1,30 +1,32 @@
 #!/usr/bin/env bash
-# The layer and the trainer on all GPUs of one host (4 or 8), in pieces that end by themselves before CALL_SECONDS (540):
-#   tools/bench/scale_study.sh WORK OUTPUT train CORPUS [path=value ...]      twice 9 minutes: the same command goes on
-#   tools/bench/scale_study.sh WORK OUTPUT profile [option ...]               4 minutes, behind train
-#   tools/bench/scale_study.sh WORK OUTPUT layer on|off [option ...]          4 minutes each, behind profile
-#   tools/bench/scale_study.sh WORK OUTPUT step on|off 1|2 [option ...]       4 minutes each: P2P, ZeRO stage
-# Estimates, from two GPUs. WORK keeps what pieces leave to each other, OUTPUT takes small results; what is behind a piece's
-# words goes to `occult train`, `profile`, `bench layer` or `bench step`. On another machine, `layer` needs WORK/profile,
-# which is OUTPUT/profile; `step` needs nothing.
+# The layer and the trainer on all GPUs of one host (4 or 8), in pieces that end before CALL_SECONDS (540) and that can
+# be repeated. How long they take is estimated from two GPUs:
+#   tools/bench/scale_study.sh WORK OUTPUT train CORPUS [path=value ...]    9 minutes, twice: the same command goes on
+#   tools/bench/scale_study.sh WORK OUTPUT profile [option ...]             4 minutes, behind train
+#   tools/bench/scale_study.sh WORK OUTPUT layer on|off [option ...]        4 minutes each (P2P), behind profile
+#   tools/bench/scale_study.sh WORK OUTPUT step on|off 1|2 [option ...]     4 minutes each (P2P, ZeRO stage)
+# WORK keeps what pieces leave to each other, OUTPUT takes small results; what is behind a piece's words goes to `occult
+# train`, `profile`, `bench layer` or `bench step`. On another machine `layer` needs WORK/profile, which is
+# OUTPUT/profile; `step` needs nothing.
 # CORPUS: a folder of `occult prepare`, or one packed as .tar.xz (scmoe_study.sh says how one is made).
 #
 # train: configs/placement_study.yaml (64 experts, 8 a token, 227 M parameters) with experts over all GPUs, placed anew
-#   every 2,000 steps; the last rank is killed behind step KILL_STEP (2500) and the run goes on from step 2000. 10,000
+#   every 2,000 steps; the last rank is killed behind step KILL_STEP (2500), and the run goes on from step 2000. 10,000
 #   steps of 65,536 tokens are some 20 passes over 31 M tokens: what is shown is the trainer, not a good model.
 # profile: routing statistics of the trained model, placements for 4 and 8 devices judged on held-out text.
-# layer: four models' layers against AutoEP. OLMoE's tokens are routed as layers 0 and 4 (LAYERS) of the trained model did,
-#   also placed, and pruned to 3, 2 and 1 devices; the others, of other numbers of experts, uniformly. Qwen1.5-MoE's 60
-#   experts cannot be spread over 8 GPUs: it has 64 there. Without P2P rows travel through 64 MB of /dev/shm for each
-#   ordered pair of GPUs (0.8 GB for 4, 3.8 GB for 8); where it is smaller, WAY=transport=collective,overlap=1.
-# step: OLMoE-1B-7B whole (16 layers, 6.92 G parameters: 6.44 G in experts), random weights, accumulation 1 and 8. By count
-#   a rank of 4 holds 1.61 G + 0.47 G parameters: 4 GB of them, 4 GB of gradients, 21 GB of optimizer states (experts are
-#   not sharded further) and 7 GB of gradients in fp32: 36 GB (19 GB of 8). What came on top on two GPUs was 9 to 17 GB,
-#   of AutoEP 24 to 32 GB. ZeRO-2 shards dense gradients alone, 0.9 GB.
+# layer: four models' layers against AutoEP. OLMoE's tokens are routed as layers 0 and 4 (LAYERS) of the trained model
+#   did, also placed, and pruned to 3, 2 and 1 devices; the others, of other numbers of experts, uniformly. The 60
+#   experts of Qwen1.5-MoE cannot be spread over 8 GPUs: it has 64 there. Without P2P rows travel through 64 MB of
+#   /dev/shm for each ordered pair of GPUs (0.8 GB for 4, 3.8 GB for 8); where it is smaller, take
+#   WAY=transport=collective,overlap=1.
+# step: OLMoE-1B-7B whole (16 layers, 6.92 G parameters, 6.44 G of them in experts), random weights, accumulation 1 and
+#   8. By count a rank of 4 holds 1.61 G + 0.48 G parameters: 4 GB, as much of gradients, 21 GB of optimizer states
+#   (experts are not sharded further) and 7 GB of gradients in fp32: 36 GB (19 GB of 8). What came on top on two GPUs
+#   was 9 to 17 GB, of AutoEP 24 to 32 GB. ZeRO-2 shards dense gradients alone, 1 GB.
 # On a CPU RANKS (2) are started; give sizes, such as --shape 80,16,64,8 --tokens 64 --seconds 0.01 to layer.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-  sed -n '2,/^# CORPUS/p' "$0" >&2
+  sed -n '4,7p' "$0" >&2
   exit 2
 fi
 work=$1 output=$2 piece=$3
@@ -49,7 +51,7 @@ train)
   shift
   if [ -f "$corpus" ]; then
     if [ ! -d "$work/corpus" ]; then
-      mkdir "$work/corpus.new"
+      mkdir -p "$work/corpus.new"
       "$python" -m tarfile -e "$corpus" "$work/corpus.new"
       mv "$work/corpus.new" "$work/corpus"
     fi
