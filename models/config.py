@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from occult_train.errors import ConfigError
 from occult_train.models.scmoe_config import ScMoEConfig
 
-"""So that a file that claims more is refused before lists of them are made."""
 QK_NORMS = ("none", "full", "head")
 ATTENTION_BIASES = ("none", "qkv", "all")
 MOST_LAYERS = 1024
+"""So that a file that claims more is refused before lists of them are made."""
 MOST_EXPERTS = 2**17
 """Of all layers together."""
 MOST_PARAMS = 10**15

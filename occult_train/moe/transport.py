@@ -223,9 +223,11 @@ class HostTransport(CollectiveTransport):
 
     @staticmethod
     def available(grid: Grid) -> bool:
-        """Whether the group's GPUs are of one host, which has shared memory for the rings left. Collective."""
+        """Whether the group's GPUs are of one host, which has shared memory for the rings left, if there are none.
+        Collective."""
         devices = devices_of_one_host(grid)
-        room = not devices or shutil.disk_usage(SHARED_MEMORY).free >= bytes_needed(grid.expert_size)
+        made = grid.expert_group in _RINGS
+        room = not devices or made or shutil.disk_usage(SHARED_MEMORY).free >= bytes_needed(grid.expert_size)
         return _all_say(bool(devices) and room, grid)
 
 

@@ -62,6 +62,7 @@ PROBLEMS = {
     "all experts": Problem((3, 2), 6, 6),
     "four ranks": Problem((3, 0, 5, 2), 8, 3),
     "one expert a rank": Problem((3, 4, 1, 2), 4, 2),
+    "eight ranks": Problem((3, 0, 5, 2, 1, 4, 2, 3), 16, 4),
 }
 """The interpreter takes a millisecond for each row of each step, so only one has more tokens than a chunk's least."""
 LARGE = {

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from occult_train.kernels.grouped_matmul import library
 from occult_train.moe import choose
+from occult_train.moe import transport as transports
 from occult_train.moe.choose import CHUNKS, Shape, Wanted, candidates
 from occult_train.moe.fused import Way
 from occult_train.moe.transport import HostTransport, SymmetricTransport
 from occult_train.parallel.grid import Grid
+from occult_train.parallel.staged import bytes_needed
 
 SHAPE = Shape(64, 32, 8, 2, 16, torch.bfloat16)
 ONE, TWO = Grid(), Grid(world_size=2, expert_size=2)
@@ -41,6 +44,17 @@ def expected_transports(wanted: str, several: bool, peers: bool, one_host: bool)
     if several and peers:
         return {"collective", "symmetric"}
     return {"collective", "host"} if several and one_host else {"collective"}
+
+
+def test_rings_that_are_there_need_no_second_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    eight = Grid(world_size=8, expert_size=8)
+    monkeypatch.setattr(transports, "devices_of_one_host", lambda grid: list(range(8)))
+    monkeypatch.setattr(transports, "_all_say", lambda answer, grid: answer)
+    free = SimpleNamespace(free=bytes_needed(8) - 1)
+    monkeypatch.setattr(transports, "shutil", SimpleNamespace(disk_usage=lambda path: free))
+    assert not HostTransport.available(eight)
+    monkeypatch.setitem(transports._RINGS, eight.expert_group, None)
+    assert HostTransport.available(eight)
 
 
 @pytest.mark.parametrize("peers,one_host", [(True, True), (False, True), (False, False)])

@@ -23,8 +23,9 @@ from occult_train.parallel.traffic import PASSES, Traffic
 from occult_train.testing import RankError, requires_gpus, run_distributed
 
 HIDDEN, FFN = 8, 5
-LAYOUTS = ((2, 2), (3, 3), (4, 4), (4, 2))
-"""Ranks, and expert-parallel size; with 4 ranks and size 2 there are two groups, whose ranks are not global ranks."""
+LAYOUTS = ((2, 2), (3, 3), (4, 4), (4, 2), (8, 8))
+"""Ranks, and expert-parallel size; with 4 ranks and size 2 there are two groups, whose ranks are not global ranks. More
+than 4 ranks are slow."""
 REMOTE = ("all_to_all", "dedup")
 
 
@@ -63,7 +64,7 @@ CASES = {
         Case("all_to_one_device", lambda rank, ranks: 6, k=3, allowed=lambda devices, local: range(local)),
         Case("all_to_one_expert", lambda rank, ranks: 6, k=1, allowed=lambda devices, local: range(1)),
         Case("device_without_rows", lambda rank, ranks: 10, allowed=lambda d, local: range((d - 1) * local)),
-        Case("prime", lambda rank, ranks: (7, 13, 101, 1)[rank], k=3),
+        Case("prime", lambda rank, ranks: (7, 13, 101, 1, 17, 2, 3, 11)[rank], k=3),
         Case("k_1", lambda rank, ranks: 8, k=1),
         Case("k_all", lambda rank, ranks: 5, k=0),
         Case("l_1", lambda rank, ranks: 8, local=1),
@@ -234,7 +235,7 @@ def measure_all(rank: int, ranks: int, sizes: list[int]) -> Results:
 def run(ranks: int) -> list[Results] | RankError:
     """`measure_all` of every rank; one start of the processes serves all tests, a failed one too."""
     try:
-        return run_distributed(measure_all, ranks, ranks, [size for r, size in LAYOUTS if r == ranks])
+        return run_distributed(measure_all, ranks, ranks, [size for r, size in LAYOUTS if r == ranks], timeout=300)
     except RankError as error:
         return error
 
@@ -280,7 +281,11 @@ def outcome(layout: tuple[int, int], case: str, name: str) -> Outcome:
     return Outcome(CASES[case], name, ranks, devices, [result[devices, case, name] for result in found])
 
 
-each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}ranks_ep{layout[1]}")
+each_layout = pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=pytest.mark.slow if layout[0] > 4 else ()) for layout in LAYOUTS],
+    ids=lambda layout: f"{layout[0]}ranks_ep{layout[1]}",
+)
 each_case = pytest.mark.parametrize("case", CASES)
 each_dispatcher = pytest.mark.parametrize("name", ["local", *REMOTE])
 each_remote = pytest.mark.parametrize("name", REMOTE)

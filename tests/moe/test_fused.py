@@ -32,6 +32,7 @@ FEWER = {
     "all experts": WAYS[::3],
     "one device": WAYS[2:],
     "four ranks": WAYS[::2] + WAYS[3:],
+    "eight ranks": [WAYS[1], Way("joint", "symmetric", 0)],
     "one expert a rank": WAYS[1::2],
     "primes": [*WAYS, Way("joint", "symmetric", 0), Way("joint", "collective", 1)],
 }
@@ -129,7 +130,11 @@ def groups() -> list[tuple[int, list[Case]]]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("ranks,cases", groups(), ids=lambda v: str(v) if isinstance(v, int) else "cases")
+@pytest.mark.parametrize(
+    "ranks,cases",
+    [pytest.param(*group, marks=pytest.mark.slow if group[0] > 4 else ()) for group in groups()],
+    ids=lambda v: str(v) if isinstance(v, int) else "cases",
+)
 def test_ranks_compute_each_token_times_its_experts(ranks: int, cases: list[Case], tmp_path: Path) -> None:
     by_rank = run_distributed(rank_runs, ranks, cases, PROBLEMS, torch.float32, tmp_path, timeout=380)
     check(cases, PROBLEMS, torch.float32, by_rank)

@@ -141,6 +141,7 @@ TABLES = {
         [[0, 9, 9], [9, 0, 9], [9, 9, 0]],
         [[0, 0, 70], [70, 0, 0], [0, 70, 0]],
     ],
+    **{n: [[[(17 * a + 29 * b) % 71 * (a != b) for b in range(n)] for a in range(n)]] for n in (4, 8)},
 }
 """Rows from each rank to each, of 5 bytes: none, less than a slot, exactly some, more than the ring holds."""
 PICKS: dict[str, Callable[[list[int]], int]] = {

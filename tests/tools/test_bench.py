@@ -348,6 +348,31 @@ def test_bytes_sent_are_those_of_the_rows_for_other_ranks(rows: list[dict[str, A
     assert rows[0]["ours"]["sent_bytes"] == devices * (4 * row_bytes + 3 * (4 + 4 + 4))
 
 
+def measure_spread(rank: int, ranks: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Rows of ours and AutoEP, and what this rank's tokens choose."""
+    from occult_train.tools.bench import measure_layer as layer
+
+    law = (TINY, TOKENS, "zipf:0.8", ranks, "float32")
+    found = [layer.measure(LayerTask(system, *law, 0.01, False)) for system in ("ours", "autoep")]
+    return found, layer._problem(*law, CPU)[0].batches[0].experts_TK
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_more_ranks_are_right_and_send_a_row_for_each_other_device(ranks: int) -> None:
+    """Ours sends as many rows as tokens have devices that are not their home, AutoEP one for each expert there."""
+    results = run_distributed(measure_spread, ranks, ranks, timeout=300)
+    local, row_bytes = TINY.experts // ranks, TINY.hidden * 4
+    devices = [[{e // local for e in token} for token in experts_TK.tolist()] for _, experts_TK in results]
+    rows = sum(len(token - {rank}) for rank, tokens in enumerate(devices) for token in tokens)
+    copies = sum(int((experts_TK // local != rank).sum()) for rank, (_, experts_TK) in enumerate(results))
+    ours, autoep = results[0][0]
+    assert "error" not in ours
+    assert "error" not in autoep
+    assert ours["sent_bytes"] == rows * (4 * row_bytes + min(TINY.top_k, local) * (4 + 4 + 4))
+    assert autoep["sent_bytes"] == 4 * copies * row_bytes + ranks * (ranks - 1) * local * 4
+    assert ours["c_t"] == pytest.approx(sum(len(token) for tokens in devices for token in tokens) / (ranks * TOKENS))
+
+
 def test_collectives_are_counted(rows: list[dict[str, Any]]) -> None:
     assert rows[0]["counts"] == [24, 24 + 2 * 40, 24 + 2 * 40 + 16]
     assert rows[1]["counts"] == [24, 24 + 4 * 40, 24 + 4 * 40]
@@ -358,10 +383,10 @@ def test_collectives_are_counted(rows: list[dict[str, Any]]) -> None:
 STEP_SHAPE = Shape("64x32x8x2", 64, 32, 8, 2)
 
 
-def measure_steps(rank: int) -> list[dict[str, Any]]:
+def measure_steps(rank: int, zero: int) -> list[dict[str, Any]]:
     from occult_train.tools.bench import measure_step as step
 
-    settings = tuple(step_settings(STEP_SHAPE, 2, 48, 2, 384, 2))
+    settings = tuple(step_settings(STEP_SHAPE, 2, 48, 2, 384, 2, zero))
     found = []
     for system in ("ours", "autoep", "fsdp"):
         for accumulation in (1, 2):
@@ -373,12 +398,14 @@ def measure_steps(rank: int) -> list[dict[str, Any]]:
     return [*found, step.measure(off)]
 
 
-def test_trainers_take_the_same_first_step() -> None:
-    *found, off = run_distributed(measure_steps, 2)[0]
+@pytest.mark.parametrize("zero", [1, 2])
+def test_trainers_take_the_same_first_step(zero: int) -> None:
+    *found, off = run_distributed(measure_steps, 2, zero)[0]
     first = found[0]
     for row in found:
         place = (row["system"], row["accumulation"])
         assert "error" not in row, place
+        assert row["zero"] == zero
         # measured 7e-5 and 1e-4
         assert row["first_loss"] == pytest.approx(first["first_loss"], abs=1e-3), place
         assert row["first_norm"] == pytest.approx(first["first_norm"], rel=1e-2), place

@@ -20,16 +20,7 @@ from occult_train.tools.bench.shapes import LAYER_SYSTEMS, SHAPES, LayerTask, pa
 LAYER_COLUMNS = (
     *("system", "shape", "hidden", "intermediate", "experts", "top_k", "tokens", "ranks", "routing", "dtype", "p2p"),
     *("forward_ms", "forward_p10", "forward_p90", "train_ms", "train_p10", "train_p90", "repetitions"),
-    *(
-        "share_of_peak",
-        "peak_tflops",
-        "saved_bytes",
-        "peak_bytes",
-        "gradients_bytes",
-        "kept_bytes",
-        "sent_bytes",
-        "c_t",
-    ),
+    *("share_of_peak", "peak_tflops", "saved_bytes", "peak_bytes", "gradients_bytes", "kept_bytes", "sent_bytes"),
     *("c_t", "matmul_ms", "communication_ms", "exposed_ms", "other_ms", "idle_ms"),
     *("error_y", "error_dx", "error_dw", "error_router", "note", "error"),
     *("gpu", "torch", "triton", "deepspeed", "date"),

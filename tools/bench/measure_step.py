@@ -137,6 +137,7 @@ def _description(task: StepTask, config: Config) -> dict[str, Any]:
         "micro": config.train.micro_batch_size,
         "accumulation": task.accumulation,
         "ranks": dist.get_world_size(),
+        "zero": config.zero.stage,
         "p2p": "off" if os.environ.get("NCCL_P2P_DISABLE") == "1" else "on",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,

@@ -21,7 +21,7 @@ from occult_train.tools.bench.results import Row, ratio_table, show, write_csv
 from occult_train.tools.bench.shapes import STEP_SYSTEMS, Shape, StepTask, parse_shape, parse_system
 
 STEP_COLUMNS = (
-    *("system", "shape", "layers", "sequence", "micro", "accumulation", "ranks", "p2p"),
+    *("system", "shape", "layers", "sequence", "micro", "accumulation", "ranks", "zero", "p2p"),
     *("step_ms", "steps", "tokens_per_second", "tflops", "mfu", "peak_bytes"),
     *("matmul_ms", "communication_ms", "exposed_ms", "other_ms", "idle_ms"),
     *("first_loss", "first_norm", "warm_loss", "gradient_norm", "error"),
@@ -41,7 +41,9 @@ SHOWN = {
 }
 
 
-def step_settings(shape: Shape, layers: int, sequence: int, micro: int, vocabulary: int, ranks: int) -> list[str]:
+def step_settings(
+    shape: Shape, layers: int, sequence: int, micro: int, vocabulary: int, ranks: int, zero: int = 1
+) -> list[str]:
     """Overrides of Config: OLMoE-1B-7B's recipe around expert layers of this shape, with Qwen3's norm of each head."""
     return [
         f"model.vocab_size={vocabulary}",
@@ -58,12 +60,13 @@ def step_settings(shape: Shape, layers: int, sequence: int, micro: int, vocabula
         f"parallel.expert={ranks}",
         f"train.micro_batch_size={micro}",
         f"train.global_batch_size={micro * ranks}",
+        f"zero.stage={zero}",
         *_RECIPE,
     ]
 
 
 _RECIPE = (
-    *("zero.stage=1", "train.precision=bf16", "train.gradient_clipping=1.0", "train.activation_checkpointing=none"),
+    *("train.precision=bf16", "train.gradient_clipping=1.0", "train.activation_checkpointing=none"),
     # AutoEP has no balancing
     *("moe.balance=none", "moe.z_loss_coef=0", "optimizer.lr=1e-4"),
 )
@@ -84,6 +87,7 @@ def step(
     micro: Annotated[int, typer.Option(help="Sequences of a micro-batch.", min=1)] = 2,
     vocabulary: Annotated[int, typer.Option(help="Rows of the embedding.", min=2)] = 50304,
     ep: Annotated[int, typer.Option(help="Ranks over which experts are spread; 0 takes all GPUs.", min=0)] = 0,
+    zero: Annotated[int, typer.Option(help="ZeRO stage of ours and autoep.", min=1, max=2)] = 1,
     seconds: Annotated[float, typer.Option(help="Timed steps take about this long (two at least).")] = 15.0,
     limit: Annotated[float, typer.Option(help="Seconds after which a system is given up.")] = 240.0,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Profile one step's kernels too.")] = False,
@@ -91,14 +95,14 @@ def step(
     cpu: Annotated[bool, typer.Option("--cpu", help="A dry run on CPU; its times mean nothing.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write all columns there.")] = None,
 ) -> int:
-    """Compare whole optimizer steps (bf16, ZeRO-1, AdamW, clipping, random tokens). Lists are split at blanks."""
+    """Compare whole optimizer steps (bf16, ZeRO, AdamW, clipping, random tokens). Lists are split at blanks."""
     names = split(system)
     for name in names:
         parse_system(name, STEP_SYSTEMS)
     micros = counts("--accumulation", accumulation)
     ranks = count_ranks(ep, cpu)
     experts = parse_shape(shape)
-    settings = tuple(step_settings(experts, layers, sequence, micro, vocabulary, ranks))
+    settings = tuple(step_settings(experts, layers, sequence, micro, vocabulary, ranks, zero))
     launch = Launch(ranks, cpu, nccl_environment(p2p), limit)
     rows: list[Row] = []
     expected: tuple[float, float] | None = None
@@ -119,7 +123,8 @@ def step(
             if expected is None and row and not row.get("error"):
                 expected = row["first_loss"], row["first_norm"]
     if rows:
-        _show_steps(rows, names[0], f"{layers} layers {shape}, {micro} x {sequence} tokens, {ranks} ranks, P2P {p2p}")
+        title = f"{layers} layers {shape}, {micro} x {sequence} tokens, {ranks} ranks, ZeRO-{zero}, P2P {p2p}"
+        _show_steps(rows, names[0], title)
     return base_failed(rows, names[0])
 
 
