@@ -246,15 +246,15 @@ def save_and_die(_rank: int, root: str, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if point == "first shard" and grid.rank == 1:
-        ShardWriter.write = die  # type: ignore[method-assign]
+        ShardWriter.append = die  # type: ignore[method-assign]
     elif point == "middle of shards" and grid.rank == 0:
-        written, write = [], ShardWriter.write
+        written, append = [], ShardWriter.append
 
-        def third(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        def third(self: ShardWriter, name: str, data: memoryview) -> None:
             written.append(name)
-            die() if len(written) == 3 else write(self, name, tensor)
+            die() if len(written) == 3 else append(self, name, data)
 
-        ShardWriter.write = third  # type: ignore[method-assign]
+        ShardWriter.append = third  # type: ignore[method-assign]
     elif point == "before rename":
         store.write_durably = die  # type: ignore[assignment]
     elif point == "before latest":
