@@ -97,7 +97,8 @@ class Copier:
         """Whether all blocks were in use at a time."""
 
     def put(self, writer: ShardWriter, name: str, value: Tensor) -> None:
-        """Copy a tensor, which may be freed then. Waits for a block to be written where all are in use."""
+        """Copy a tensor, which may be freed then, and changed after `finish`. Waits for a block to be written where all
+        are in use."""
         rest_B = value.detach().float().contiguous().view(-1).view(torch.uint8)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -124,7 +125,7 @@ class Copier:
 
     def _with_room(self) -> Block:
         if self._block is not None and self._block.used == self._blocks.size:
-            self.flush()
+            self._hand_over()
         if self._block is None:
             self._block = self._blocks.take()
         if self._block is None:
@@ -132,9 +133,15 @@ class Copier:
             self._block = self._blocks.wait()
         return self._block
 
-    def flush(self) -> None:
-        """Hand over a block that is not full."""
+    def _hand_over(self) -> None:
         if self._block is not None:
             self._block.copied = self._stream.record_event() if self._stream is not None else None
             self._full.put(self._block)
             self._block = None
+
+    def finish(self) -> None:
+        """No more comes. What the GPU computes from now on may change what was put."""
+        self._hand_over()
+        self._full.put(None)
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

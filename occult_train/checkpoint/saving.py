@@ -78,9 +78,11 @@ def begin(engine: Any, grid: Grid, root: Path, step: int, contents: Contents, bl
     zero.make_states(engine)
     for tensor in logical:
         for kind in tensor.kinds:
-            value = zero.get_full(engine, tensor.parameter, kind)
+            value = zero.own_full(engine, grid, tensor.parameter, kind)
+            if value is None:
+                value = zero.get_full(engine, tensor.parameter, kind)
             _put_pieces(saving.copier, writers["model" if kind == "param" else "optimizer"], tensor, kind, value)
-    saving.all_copied()
+    saving.copier.finish()
     return saving
 
 
@@ -158,11 +160,6 @@ class Saving(threading.Thread):
     def nbytes(self) -> int:
         """Of this rank's files of tensors."""
         return sum(writer.nbytes for writer in self._writers)
-
-    def all_copied(self) -> None:
-        """No more tensors are put."""
-        self.copier.flush()
-        self._full.put(None)
 
     def done(self) -> bool:
         """Whether the checkpoint is complete. Ranks may hear of it at different times.
