@@ -8,7 +8,7 @@ from torch import Tensor
 
 from occult_train.checkpoint.shards import ShardWriter
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
