@@ -243,7 +243,7 @@ class CheckpointConfig:
     keep: int = 2
     """Complete checkpoints to keep; older ones are removed. 0 keeps all."""
     background: bool = True
-    """Training goes on once the state is copied to host memory, and it is written meanwhile. false waits for the disk."""
+    """Training goes on once the state is copied to host memory; it is written meanwhile. false waits for the disk."""
     buffer_gib: float = 4.0
     """Host memory for that, of each rank, at most; training waits until what is above it has been written."""
     resume: str = "auto"

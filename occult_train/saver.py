@@ -26,7 +26,7 @@ class Saver:
 
     def __init__(self, config: Config, engine: Any, grid: Grid, monitor: Monitor, root: Path) -> None:
         self.config, self.engine, self.grid, self.monitor, self.root = config, engine, grid, monitor, root
-        setting = config.checkpoint
+        self._yaml, setting = configs.to_yaml(config), config.checkpoint
         self.blocks = Blocks(int(setting.buffer_gib * 2**30) if setting.background else 2 * BLOCK_BYTES)
         self._saving: Saving | None = None
         self._began = self._paused = 0.0
@@ -40,10 +40,9 @@ class Saver:
         """
         self.finish(f"step {step}: ")
         self._began = time.perf_counter()
-        yaml, setting = configs.to_yaml(self.config), self.config.checkpoint
-        self._saving = begin_save(
-            self.engine, self.grid, self.root, step, state, yaml, setting.keep, files, self.blocks, setting.background
-        )
+        setting = self.config.checkpoint
+        given = (state, self._yaml, setting.keep, files, self.blocks, setting.background)
+        self._saving = begin_save(self.engine, self.grid, self.root, step, *given)
         self._paused = time.perf_counter() - self._began
         if self._saving.copier.waited and not self._said_bound:
             self._said_bound = True

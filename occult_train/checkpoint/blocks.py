@@ -1,6 +1,7 @@
 """Host memory between a live model and the files of its checkpoint: bounded, and used again by the next one."""
 
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -86,10 +87,12 @@ class Copier:
     Args:
         blocks: where to take them from.
         full: takes those that are full.
+        begin: is called once somebody is to write them: when all blocks are in use, or nothing more comes. Writing
+            before that would only slow the copying.
     """
 
-    def __init__(self, blocks: Blocks, full: "queue.SimpleQueue[Block | None]") -> None:
-        self._blocks, self._full = blocks, full
+    def __init__(self, blocks: Blocks, full: "queue.SimpleQueue[Block | None]", begin: Callable[[], None]) -> None:
+        self._blocks, self._full, self._begin = blocks, full, begin
         self._block: Block | None = None
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._before: torch.cuda.Event | None = None
@@ -129,6 +132,8 @@ class Copier:
         if self._block is None:
             self._block = self._blocks.take()
         if self._block is None:
+            if not self.waited:
+                self._begin()
             self.waited = True
             self._block = self._blocks.wait()
         return self._block
@@ -143,5 +148,7 @@ class Copier:
         """No more comes. What the GPU computes from now on may change what was put."""
         self._hand_over()
         self._full.put(None)
+        if not self.waited:
+            self._begin()
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from occult_train.checkpoint import store
 from occult_train.checkpoint.blocks import Block, Blocks, Copier
+from occult_train.checkpoint.gathering import gather_pieces
 from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.errors import CheckpointError
@@ -74,14 +74,9 @@ def begin(engine: Any, grid: Grid, root: Path, step: int, contents: Contents, bl
         "optimizer": ShardWriter(folder / f"optimizer-{grid.rank:05d}.safetensors", _shapes(logical, KINDS[1:])),
     }
     saving = Saving(grid, root, step, size, token, list(writers.values()), contents, blocks, yields)
-    saving.start()
     zero.make_states(engine)
-    for tensor in logical:
-        for kind in tensor.kinds:
-            value = zero.own_full(engine, grid, tensor.parameter, kind)
-            if value is None:
-                value = zero.get_full(engine, tensor.parameter, kind)
-            _put_pieces(saving.copier, writers["model" if kind == "param" else "optimizer"], tensor, kind, value)
+    for tensor, kind, number, value in gather_pieces(engine, grid, logical):
+        saving.copier.put(writers["model" if kind == "param" else "optimizer"], key(kind, tensor.pieces[number]), value)
     saving.copier.finish()
     return saving
 
@@ -104,13 +99,6 @@ def _shapes(logical: list[Logical], kinds: tuple[str, ...]) -> dict[str, tuple[i
         for piece, mine in zip(tensor.pieces, tensor.writes, strict=True)
         if mine
     }
-
-
-def _put_pieces(copier: Copier, writer: ShardWriter, tensor: Logical, kind: str, value: Tensor) -> None:
-    parts = value if tensor.expert else [value]
-    for piece, mine, part in zip(tensor.pieces, tensor.writes, parts, strict=True):
-        if mine:
-            copier.put(writer, key(kind, piece), part)
 
 
 def _cannot_be_written(root: Path, why: str, size: int) -> str:
@@ -151,7 +139,7 @@ class Saving(threading.Thread):
         self._grid, self._root, self._size, self._token, self._writers = grid, root, size, token, writers
         self._contents, self._blocks, self._yields = contents, blocks, yields
         self._full: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
-        self.copier = Copier(blocks, self._full)
+        self.copier = Copier(blocks, self._full, self.start)
         self._store = dist.distributed_c10d._get_default_store().clone()  # a thread's own, that no other waits for
         self._failure: BaseException | None = None
         self._message = ""

@@ -150,15 +150,6 @@ def get_full(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     return value.detach().view(full_shape(parameter))
 
 
-def own_full(engine: Any, grid: Grid, parameter: nn.Parameter, kind: str) -> Tensor | None:
-    """What `get_full` gets, as a view of the live values, where nothing of it is sharded; else None. Not collective,
-    and the same on all ranks that hold the parameter. After `make_states`."""
-    holders = grid.world_size // (grid.expert_size if is_expert(parameter) else 1)
-    if not parameter.requires_grad or (holders > 1 and engine.zero_optimization_stage()):
-        return None
-    return held(engine, parameter)[kind].values.view(full_shape(parameter))
-
-
 def set_full(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     """Set what `get_full` gets. Afterwards call `push_weights` once for all parameters; frozen ones need only that."""
     if not parameter.requires_grad:

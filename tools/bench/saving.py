@@ -71,7 +71,6 @@ def main(
     print(f"a checkpoint costs {lost / len(beside):.2f} s of training")
 
 
-
 if __name__ == "__main__":
     try:
         typer.run(main)
