@@ -103,7 +103,7 @@ class Copier:
         """Copy a tensor, which may be freed then, and changed after `finish`. Waits for a block to be written where all
         are in use."""
         rest_B = value.detach().float().contiguous().view(-1).view(torch.uint8)
-        if self._stream is not None:
+        if self._stream is not None and rest_B.is_cuda:
             self._stream.wait_stream(torch.cuda.current_stream())
             rest_B.record_stream(self._stream)
         while True:

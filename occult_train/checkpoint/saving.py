@@ -1,7 +1,7 @@
 """Writing a checkpoint while training goes on.
 
 1. `begin` makes the folder. Collective.
-2. The main threads gather one parameter at a time and copy what their rank writes into blocks of host memory.
+2. The main threads gather a few parameters at a time and copy what their rank writes into blocks of host memory.
 3. A thread of each rank writes its blocks to its two files and makes them durable, training or not.
 4. It says over the job's store what it has written, or why not. Rank 0's thread completes the checkpoint once it has
    heard all ranks, or removes it, and says which. No thread takes part in a collective.
@@ -157,10 +157,10 @@ class Saving(threading.Thread):
         """
         if self.is_alive():
             return False
-        if self._failure is not None and not isinstance(self._failure, OSError):
-            raise self._failure
-        if self._message:
+        if self._message and isinstance(self._failure, OSError | None):
             raise CheckpointError(self._message)
+        if self._failure is not None:
+            raise self._failure
         return True
 
     def wait(self) -> Path:
