@@ -224,9 +224,7 @@ def left_behind() -> list[str]:
     for process in left:
         process.kill()
     psutil.wait_procs(left, timeout=10)
-    return [f"{process.pid} {process.status()}" for process in left if process.is_running()] or [
-        str(process.pid) for process in left
-    ]
+    return [str(process.pid) for process in left]
 
 
 def _descendants() -> list[psutil.Process]:
@@ -303,6 +301,7 @@ def run(root: Path, trial: Trial) -> list[str]:
             wrong.append(f"processes left of the second command: {left}")
         if code:
             wrong.append(f"exit code {code} of the second command")
+    wrong += _lost(log.read_text(errors="replace"))
     try:
         if checkpoints(folder / "run") != checkpoints(expected):
             wrong.append("other checkpoints than the undisturbed run")
@@ -322,6 +321,18 @@ def _not_said(text: str, trial: Trial) -> list[str]:
     if len(said) != 1:
         return [f"said {len(said)} times: {said}"]
     return [] if re.fullmatch(wanted, said[0]) else [f"said: {said[0]}"]
+
+
+def _lost(text: str) -> list[str]:
+    """Whether a run was begun or continued before the checkpoint that it had saved last."""
+    saved = 0
+    for line in text.splitlines():
+        if found := re.match(r"step (\d+): saved", line):
+            saved = int(found[1])
+        begun = re.match(r"continuing run/checkpoints/step-\d+ at step (\d+)|step 1: loss", line)
+        if begun and int(begun[1] or 0) < saved:
+            return [f"step {saved} was saved, and then: {line}"]
+    return []
 
 
 def main(
