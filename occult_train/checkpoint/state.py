@@ -78,15 +78,18 @@ def begin_save(
     blocks: Blocks | None = None,
     yields: bool = False,
 ) -> Saving:
-    """Begin to write a checkpoint of the engine under `root`; one parameter is gathered at a time.
+    """Copy a checkpoint of the engine and begin to write it under `root`, in a thread. Collective; one at a time.
 
     Args:
         step: optimizer steps taken.
         state: JSON values of the run: whatever a resumed run needs beside tensors.
         keep: complete checkpoints to keep, 0 for all.
         files: content of further files by name. Every rank writes its own; no two have one of the same name.
-        blocks: host memory that is copied into, at least two; None takes two.
+        blocks: host memory to copy into; None takes two of them.
         yields: whether writing gives way to whatever else runs on the host.
+
+    Returns:
+        what tells how it went: `done` and `wait`.
 
     Raises:
         CheckpointError: on every rank if the folder cannot be made. Earlier checkpoints are untouched.

@@ -1,6 +1,7 @@
 """Checkpoints that are written while training goes on: those of the moment of saving, byte for byte."""
 
 import os
+import queue
 import random
 import signal
 import threading
@@ -9,17 +10,59 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from running import everything, start, status, train
 
 from occult_train.checkpoint import state, store
-from occult_train.checkpoint.blocks import Blocks
+from occult_train.checkpoint.blocks import Block, Blocks, Copier
+from occult_train.checkpoint.gathering import Part
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.config import to_yaml
 from occult_train.parallel import zero
 from occult_train.testing import RankError, requires_gpus, run_distributed
 
 ROOM = 64 << 20
+
+
+def test_parts_meet_where_one_rank_keeps_what_another_writes() -> None:
+    """Pieces of four values: 0 to 3 and 8 to 11 are written by one rank, another keeps 3 to 10 of the parameter."""
+    writer, keeper = Part(0, 3, (True, False, True)), Part(3, 11, (False, True, False))
+    assert list(keeper.meets(writer, 4)) == [(0, 3, 4), (2, 8, 11)]
+    assert list(writer.meets(keeper, 4)) == []
+    assert list(keeper.meets(keeper, 4)) == [(1, 4, 8)]
+    assert list(Part(0, 0, (True,) * 3).meets(writer, 4)) == []
+
+
+@pytest.mark.parametrize("limit", [1, 12, 1000])
+def test_blocks_of_any_size_make_the_same_file(tmp_path: Path, limit: int) -> None:
+    """Tensors over several blocks, several tensors in one, and an empty one."""
+    tensors = {"a": torch.arange(15.0).view(3, 5), "b": torch.zeros(0, 2), "c": torch.ones(1), "d": -torch.ones(2)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    plain, copied = (ShardWriter(tmp_path / name, shapes) for name in ("plain", "copied"))
+    blocks, full = Blocks(limit), queue.SimpleQueue[Block | None]()
+
+    def write_all() -> None:
+        while (block := full.get()) is not None:
+            block.write()
+            blocks.give(block)
+
+    thread = threading.Thread(target=write_all)
+    copier = Copier(blocks, full, thread.start)
+    for name, tensor in tensors.items():
+        plain.write(name, tensor)
+        copier.put(copied, name, tensor.clone())
+    copier.finish()
+    thread.join()
+    plain.close()
+    copied.close()
+    assert copier.waited == (limit < 72), "fp32 values have 72 bytes"
+    assert blocks.bytes <= limit
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+    assert copied.nbytes == (tmp_path / "copied").stat().st_size
+    assert [(e.offset, e.sha256) for e in copied.entries.values()] == [
+        (e.offset, e.sha256) for e in plain.entries.values()
+    ]
 
 
 def held_back() -> threading.Event:
