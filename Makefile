@@ -3,13 +3,16 @@ VENV := .venv
 OCCULT := $(VENV)/bin/occult
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup train test test-slow test-cluster lint check-tools clean
+N ?= 20
+
+.PHONY: help setup train test test-slow test-cluster soak lint check-tools clean
 
 help:
 	@echo "make train      set up, train the demo model, export it, report"
 	@echo "make test       set up, lint, run the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-cluster  as root: tests on hosts made of namespaces; says what is missing where it cannot"
+	@echo "make soak N=20  train under 20 more random faults; what came of them is in runs/soak/log.jsonl"
 
 check-tools:
 	@missing=""; \
@@ -47,6 +50,9 @@ test-slow: setup
 
 test-cluster: setup
 	$(VENV)/bin/python -m pytest -m cluster -rs tests/cluster
+
+soak: setup
+	$(VENV)/bin/python tests/cluster/soak.py $(N)
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

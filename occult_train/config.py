@@ -81,7 +81,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "zero.stage": (0, 1, 2, 3),
 }
 """Settings that are one of a few values."""
-LEAST = {
+LEAST: dict[float, tuple[str, ...]] = {
     1: (
         *("parallel.expert", "train.steps", "train.global_batch_size", "train.micro_batch_size"),
         *("data.sequence_length", "monitor.interval"),
@@ -94,6 +94,7 @@ LEAST = {
         *("optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "scheduler.warmup_steps"),
         *("eval.interval", "eval.sequences", "checkpoint.interval", "checkpoint.keep", "monitor.histogram_interval"),
     ),
+    0.001: ("checkpoint.buffer_gib",),
 }
 """The least value of settings that are numbers."""
 PATHS = (
@@ -247,6 +248,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end alone."""
     keep: int = 2
     """Complete checkpoints to keep; older ones are removed. 0 keeps all."""
+    background: bool = True
+    """Training goes on once the state is copied to host memory; it is written meanwhile. false waits for the disk."""
+    buffer_gib: float = 4.0
+    """Host memory for that, of each rank, at most; training waits until what is above it has been written."""
     resume: str = "auto"
     """auto continues the latest checkpoint of the output folder, none starts anew, or the path of a checkpoint to start
     from. A path outside of the output folder counts until that folder has a checkpoint of its own."""

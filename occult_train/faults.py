@@ -26,7 +26,10 @@ GRACE_SECONDS = 25.0
 """DeepSpeed's launcher kills 30 s after its SIGTERM."""
 POLL_SECONDS = 0.5
 REPEAT_SECONDS = 0.5
-LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
+LOST_PEER_PHRASES = (
+    *("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused"),
+    "connection was likely closed",  # a store's
+)
 LOST_PEER_SECONDS = 3.0
 MISSED_PEER_SECONDS = 12.0
 """Within which the pulse of a job finds out who is gone."""

@@ -29,6 +29,7 @@ from occult_train.monitor import Monitor
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
 from occult_train.replacing import Replacer
+from occult_train.saver import Saver
 from occult_train.similarity_tables import find_tables
 from occult_train.statistics_window import StatisticsWindow
 from occult_train.stopvote import StopVote
@@ -80,6 +81,7 @@ class Trainer:
         self.given = {i: layer.placement for i, layer in self.model.moe_layers().items()}
         """What moe.placement means without a checkpoint."""
         self.replacer = Replacer(config, self.engine, self.grid, self.monitor)
+        self.saver = Saver(config, self.engine, self.grid, self.monitor, self.checkpoints)
         for line in self.train_data.remarks + self.valid_data.remarks:
             self.monitor.say(line)
         self._resume()
@@ -123,8 +125,8 @@ class Trainer:
         for line in beginning.describe(start, placed):
             self.monitor.say(line)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment. Collective.
+    def save(self) -> None:
+        """Begin to write a checkpoint of this moment, and wait until it is written if so configured. Collective.
 
         Raises:
             TrainingDiverged: on every rank if the last step's gradients were not numbers, as then the weights are not.
@@ -132,13 +134,8 @@ class Trainer:
         self._check_finite()
         state = {"consumed_samples": self.consumed, "seed": self.config.train.seed}
         state |= placing.given(self.config.moe.placement, self.given)
-        started = time.perf_counter()
-        yaml = configs.to_yaml(self.config)
-        keep = self.config.checkpoint.keep
         files = self.window.files() | self.replacer.files() | self._similarity_file()
-        folder = checkpoint_state.save(self.engine, self.grid, self.checkpoints, self.step, state, yaml, keep, files)
-        self.monitor.say(f"step {self.step}: saved {folder} in {time.perf_counter() - started:.1f} s")
-        return folder
+        self.saver.save(self.step, state, files)
 
     def _similarity_file(self) -> dict[str, bytes]:
         """The tables, for a checkpoint; rank 0 writes them."""
@@ -180,9 +177,11 @@ class Trainer:
                 if _due(self.step, self.config.checkpoint.interval):
                     self.save()
                     saved_at = self.step
+                self.saver.look()
                 if stop.agreed():
                     if saved_at != self.step:
                         self.save()
+                    self.saver.finish()
                     self.monitor.say(f"stopped at step {self.step}; the same command continues there")
                     return
             self.window.close(self.step)
@@ -190,6 +189,10 @@ class Trainer:
                 self.save()
             if evaluated_at != self.step:
                 self.evaluate()
+            self.saver.finish()
+        except TrainingDiverged:  # on all ranks; what was saved before is still worth having
+            self.saver.finish()
+            raise
         finally:
             self.monitor.stop()
 

@@ -318,6 +318,7 @@ PRUNED = ["moe.prune.policy=router", "moe.prune.groups=8", "moe.prune.devices=2"
         (["eval.interval=-1"], ["eval.interval=-1", "at least 0"]),
         (["eval.sequences=-1"], ["eval.sequences=-1", "at least 0"]),
         (["checkpoint.interval=-1"], ["checkpoint.interval=-1", "at least 0"]),
+        (["checkpoint.buffer_gib=0"], ["checkpoint.buffer_gib=0.0", "at least 0.001"]),
         (["checkpoint.keep=-1"], ["checkpoint.keep=-1", "at least 0"]),
         (["monitor.histogram_interval=-1"], ["monitor.histogram_interval=-1", "at least 0"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "two numbers in [0, 1)"]),

@@ -30,6 +30,12 @@ class Logical:
         """What there is of it: the weights, and moments unless it is frozen."""
         return KINDS if self.parameter.requires_grad else KINDS[:1]
 
+    @property
+    def nbytes_of_all_ranks(self) -> int:
+        """Size in a checkpoint, in fp32."""
+        shape = self.parameter.ds_autoep_uc_meta["logical_shape"] if self.expert else ()  # type: ignore[attr-defined]
+        return 4 * len(self.kinds) * math.prod(self.shape) * math.prod(shape[:1])
+
 
 def key(kind: str, piece: str) -> str:
     """Name in the checkpoint: the piece itself for master weights, `exp_avg/<piece>` for a moment."""

@@ -56,8 +56,14 @@ class ShardWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        self.nbytes = 8 + len(text) + offset
+        """Of the file, once it is whole."""
         self._header = struct.pack("<Q", len(text)) + text
         self._order = iter(shapes)
+        self._digest: hashlib._Hash | None = None
+        """Of the tensor that is being written."""
+        self._offset = 0
+        """Where it begins."""
         self._file: BinaryIO | None = None
 
     def _open(self) -> BinaryIO:
@@ -68,12 +74,20 @@ class ShardWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor. Raises OSError if the disk does not take it."""
-        assert name == next(self._order), name
         assert tuple(tensor.shape) == self.shapes[name], (name, tensor.shape, self.shapes[name])
-        file, data = self._open(), data_bytes(tensor)
-        digest = hashlib.sha256(data).hexdigest()
-        self.entries[name] = Entry(self.path.name, self.shapes[name], file.tell(), digest)
+        self.append(name, data_bytes(tensor))
+
+    def append(self, name: str, data: memoryview) -> None:
+        """Append the data of the next tensor, or a part of it. Raises OSError if the disk does not take it."""
+        file = self._open()
+        if self._digest is None:
+            assert name == next(self._order), name
+            self._digest, self._offset = hashlib.sha256(), file.tell()
+        self._digest.update(data)
         file.write(data)
+        entry = Entry(self.path.name, self.shapes[name], self._offset, self._digest.hexdigest())
+        if file.tell() == entry.offset + entry.nbytes:
+            self.entries[name], self._digest = entry, None
 
     def close(self) -> None:
         """Make the file durable; every tensor must have been written."""

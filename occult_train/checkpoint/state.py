@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from occult_train.checkpoint import store
+from occult_train.checkpoint.blocks import BLOCK_BYTES, Blocks
 from occult_train.checkpoint.logical import KINDS, Logical, key, logical_tensors
-from occult_train.checkpoint.shards import ShardWriter
+from occult_train.checkpoint.saving import Contents, Saving, begin
 from occult_train.errors import CheckpointError
 from occult_train.models.config import ModelConfig
 from occult_train.moe.placement import to_table
@@ -57,13 +57,7 @@ def save(
     keep: int,
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write a checkpoint of the engine under `root`; one parameter is gathered at a time.
-
-    Args:
-        step: optimizer steps taken.
-        state: JSON values of the run: whatever a resumed run needs beside tensors.
-        keep: complete checkpoints to keep, 0 for all.
-        files: content of further files by name. Every rank writes its own; no two have one of the same name.
+    """Write a checkpoint of the engine under `root`, and wait until it is complete; arguments as of `begin_save`.
 
     Returns:
         the folder of the complete checkpoint.
@@ -71,102 +65,52 @@ def save(
     Raises:
         CheckpointError: on every rank if any rank could not write. Earlier checkpoints are untouched.
     """
-    folder = store.partial_folder(root, step)
-    _together(grid, root, lambda: store.begin(root, step) if grid.rank == 0 else None)
-    written = _together(grid, root, lambda: _write_shards(engine, grid, folder))
-    _together(grid, root, lambda: [(folder / name).write_bytes(content) for name, content in files.items()])
+    return begin_save(engine, grid, root, step, state, config_yaml, keep, files).wait()
+
+
+def begin_save(
+    engine: Any,
+    grid: Grid,
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    config_yaml: str,
+    keep: int,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    blocks: Blocks | None = None,
+    yields: bool = False,
+) -> Saving:
+    """Copy a checkpoint of the engine and begin to write it under `root`, in a thread. Collective; one at a time.
+
+    Args:
+        step: optimizer steps taken.
+        state: JSON values of the run: whatever a resumed run needs beside tensors.
+        keep: complete checkpoints to keep, 0 for all.
+        files: content of further files by name. Every rank writes its own; no two have one of the same name.
+        blocks: host memory to copy into; None takes two of them.
+        yields: whether writing gives way to whatever else runs on the host.
+
+    Returns:
+        what tells how it went: `done` and `wait`.
+
+    Raises:
+        CheckpointError: on every rank if the folder cannot be made. Earlier checkpoints are untouched.
+    """
     rank_state = {"cpu": _encode(torch.get_rng_state())}
     if torch.cuda.is_available():
         rank_state["cuda"] = _encode(torch.cuda.get_rng_state())
-    tensors = _merge(grid, written)
     ranks: list[Any] = [None] * grid.world_size
     dist.all_gather_object(ranks, rank_state)
-
-    def finish() -> None:
-        if grid.rank:
-            return
-        (folder / "config.yaml").write_text(config_yaml)
-        sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-        common = {
-            "step": step,
-            "adam_step": zero.adam_step(engine),
-            "loss_scale": zero.loss_scale_state(engine),
-            "expert_bias": _biases(engine),
-            "rng": ranks,
-            "placement": to_table({i: layer.placement for i, layer in engine.module.moe_layers().items()}),
-        }
-        store.commit(root, step, {"state": state | common, "tensors": tensors, "files": sizes}, keep)
-
-    _together(grid, root, finish)
-    return root / f"step-{step:08d}"
-
-
-def _together(grid: Grid, root: Path, action: Any) -> Any:
-    """Run a step that may fail on one rank, and fail on all if it does."""
-    error, result = "", None
-    try:
-        result = action()
-    except OSError as failure:
-        error = f"rank {grid.rank}: {failure.strerror or failure}"
-    errors: list[str] = [""] * grid.world_size
-    dist.all_gather_object(errors, error)
-    failed = [e for e in errors if e]
-    if failed:
-        if grid.rank == 0:
-            store.remove_partial(root)
-        kept = store.find_latest(root)
-        kept_text = f"the last complete checkpoint is {kept}" if kept else "there is no earlier checkpoint"
-        raise CheckpointError(f"a checkpoint cannot be written to {root}: {failed[0]}; {kept_text}")
-    return result
-
-
-def _write_shards(engine: Any, grid: Grid, folder: Path) -> dict[str, dict[str, object]]:
-    """Stream this rank's pieces into its two files; returns their entries. A failed write never stops the gathers."""
-    zero.make_states(engine)
-    logical = logical_tensors(engine.module, grid)
-    writers = {
-        "model": ShardWriter(folder / f"model-{grid.rank:05d}.safetensors", _shapes(logical, KINDS[:1])),
-        "optimizer": ShardWriter(folder / f"optimizer-{grid.rank:05d}.safetensors", _shapes(logical, KINDS[1:])),
+    common = {
+        "step": step,
+        "adam_step": zero.adam_step(engine),
+        "loss_scale": zero.loss_scale_state(engine),
+        "expert_bias": _biases(engine),
+        "rng": ranks,
+        "placement": to_table({i: layer.placement for i, layer in engine.module.moe_layers().items()}),
     }
-    failure: OSError | None = None
-    for tensor in logical:
-        for kind in tensor.kinds:
-            value = zero.get_full(engine, tensor.parameter, kind)
-            if failure is None:
-                try:
-                    _write_pieces(writers["model" if kind == "param" else "optimizer"], tensor, kind, value)
-                except OSError as error:
-                    failure = error
-    for writer in writers.values():
-        writer.close() if failure is None else writer.abandon()
-    if failure is not None:
-        raise failure
-    return {n: e.to_json() for w in writers.values() for n, e in w.entries.items()}
-
-
-def _shapes(logical: list[Logical], kinds: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    return {
-        key(kind, piece): tensor.shape
-        for tensor in logical
-        for kind in kinds
-        if kind in tensor.kinds
-        for piece, mine in zip(tensor.pieces, tensor.writes, strict=True)
-        if mine
-    }
-
-
-def _write_pieces(writer: ShardWriter, tensor: Logical, kind: str, value: Tensor) -> None:
-    parts = value if tensor.expert else [value]
-    for piece, mine, part in zip(tensor.pieces, tensor.writes, parts, strict=True):
-        if mine:
-            writer.write(key(kind, piece), part)
-
-
-def _merge(grid: Grid, entries: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-    everyone: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(everyone, entries)
-    # in an order that does not tell who wrote what, so that an export's files do not either
-    return dict(sorted((name, entry) for part in everyone for name, entry in part.items()))
+    contents = Contents(state | common, config_yaml, files, keep)
+    return begin(engine, grid, root, step, contents, blocks or Blocks(2 * BLOCK_BYTES), yields)
 
 
 def _biases(engine: Any) -> dict[str, list[float]]:

@@ -2,16 +2,18 @@
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from running import everything, start, tokens, train
+from running import everything, start, status, tokens, train
 from torch.nn import functional as F
 
 from occult_train.checkpoint import placing, state, store
@@ -206,12 +208,6 @@ def test_fp16_resumes_bit_for_bit_with_its_loss_scale(tmp_path: Path, stage: int
         assert torch.equal(seen["fp32"][0][tensor], value), tensor
 
 
-def status(field: str) -> int:
-    """A size of this process from /proc, in bytes."""
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
-
-
 def memory_of_saving(_rank: int, overrides: list[str], root: str) -> tuple[int, int]:
     """Bytes of everything that is saved, and by how many this process grew at most while it was."""
     shape = ["model.hidden_size=128", "model.intermediate_size=256", "model.num_hidden_layers=12"]
@@ -246,15 +242,15 @@ def save_and_die(_rank: int, root: str, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if point == "first shard" and grid.rank == 1:
-        ShardWriter.write = die  # type: ignore[method-assign]
+        ShardWriter.append = die  # type: ignore[method-assign]
     elif point == "middle of shards" and grid.rank == 0:
-        written, write = [], ShardWriter.write
+        written, append = [], ShardWriter.append
 
-        def third(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        def third(self: ShardWriter, name: str, data: memoryview) -> None:
             written.append(name)
-            die() if len(written) == 3 else write(self, name, tensor)
+            die() if len(written) == 3 else append(self, name, data)
 
-        ShardWriter.write = third  # type: ignore[method-assign]
+        ShardWriter.append = third  # type: ignore[method-assign]
     elif point == "before rename":
         store.write_durably = die  # type: ignore[assignment]
     elif point == "before latest":
@@ -287,38 +283,55 @@ def test_killed_while_saving(tmp_path: Path, point: str, step: int) -> None:
     assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["step-00000003.partial"], "remains are removed"
 
 
-def disk_full(rank: int, root: str, full: str) -> str:
-    """Save twice, the second time on a disk that takes no more of rank 1's shards or of rank 0's manifest."""
+def headers(root: Path) -> int:
+    """Bytes of the shards that are no tensor's."""
+    return sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in root.glob("*/*.safetensors"))
+
+
+def disk_full(rank: int, root: str, full: str, beside: bool) -> str:
+    """Save twice, the second time on a disk that takes no more of rank 1's shards or of rank 0's manifest; beside
+    training or not."""
     config, grid, engine = start(["parallel.expert=2"])
     state.save(engine, grid, Path(root), 1, {}, to_yaml(config), keep=2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    durably = store.write_durably
 
     def fill(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-    def full_disk(path: Path, text: str) -> None:
-        fill(1000)
-        durably(path, text)
+    def limited(limit: int, action: Callable[..., None]) -> Callable[..., None]:
+        def act(*arguments: Any) -> None:
+            fill(limit)
+            try:
+                action(*arguments)
+            finally:
+                fill(resource.RLIM_INFINITY)
+
+        return act
 
     if full == "shards" and rank == 1:
-        fill(20_000)
+        ShardWriter.append = limited(20_000, ShardWriter.append)  # type: ignore[method-assign]
     elif full == "manifest":
-        store.write_durably = full_disk
+        store.write_durably = limited(1000, store.write_durably)
     try:
-        state.save(engine, grid, Path(root), 2, {}, to_yaml(config), keep=2)
+        saving = state.begin_save(engine, grid, Path(root), 2, {}, to_yaml(config), keep=2)
+        if beside:
+            train(config, grid, engine, range(2))
+        saving.wait()
     except CheckpointError as error:
         return str(error)
-    finally:
-        fill(resource.RLIM_INFINITY)
     return ""
 
 
-@pytest.mark.parametrize(("full", "rank"), [("shards", 1), ("manifest", 0)])
-def test_full_disk_fails_on_all_ranks_and_keeps_the_last(tmp_path: Path, full: str, rank: int) -> None:
-    for message in run_distributed(disk_full, 2, str(tmp_path), full, timeout=120):
-        assert f"rank {rank}: File too large" in message
-        assert "step-00000001" in message
+@pytest.mark.parametrize(("full", "rank", "beside"), [("shards", 1, False), ("shards", 1, True), ("manifest", 0, True)])
+def test_full_disk_fails_on_all_ranks_and_keeps_the_last(tmp_path: Path, full: str, rank: int, beside: bool) -> None:
+    for message in run_distributed(disk_full, 2, str(tmp_path), full, beside, timeout=120):
+        assert re.fullmatch(
+            rf"a checkpoint cannot be written to {tmp_path}: rank {rank}: File too large; it has [\d,]+ bytes, [\d,]+ "
+            rf"are free; the last complete checkpoint is {tmp_path}/step-00000001",
+            message,
+        )
+        size = int(re.search(r"it has ([\d,]+) bytes", message)[1].replace(",", ""))
+        assert size == sum(path.stat().st_size for path in tmp_path.glob("*/*.safetensors")) - headers(tmp_path)
     checkpoint = store.open_checkpoint(tmp_path)
     assert checkpoint.step == 1
     for name in checkpoint.entries:

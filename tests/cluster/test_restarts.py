@@ -11,6 +11,7 @@ from occult_train.tools.bench.hosts import Host
 pytestmark = pytest.mark.cluster
 STEPS = 9
 SETTINGS = ["a.yaml", f"train.steps={STEPS}", "checkpoint.interval=3", "parallel.lost_after=10", "eval.interval=4"]
+SETTINGS += ["checkpoint.background=false"]  # so that one of step 6 is complete at step 7
 AGAIN = ["--hostfile", "hosts", "--restarts", "2"]
 
 

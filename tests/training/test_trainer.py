@@ -1,6 +1,7 @@
 """The trainer on a real corpus: a resumed run is the run that was never stopped, and held-out loss is what it says."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,3 +197,41 @@ def test_weights_that_are_no_numbers_are_not_saved(stage: int, tmp_path: Path, c
     saved = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert saved in (["step-00000001"], ["step-00000001", "step-00000002"])
     assert open_checkpoint(tmp_path / "run" / "checkpoints" / saved[-1]).step == len(saved)
+
+
+def train_and_listen(rank: int, arguments: list[str]) -> list[str]:
+    """Train on a slow disk; what the user was told about checkpoints."""
+    from occult_train.checkpoint.shards import ShardWriter
+    from occult_train.monitor import Monitor
+
+    said, append = [], ShardWriter.append
+
+    def slowly(self: ShardWriter, name: str, data: memoryview) -> None:
+        time.sleep(0.02)
+        append(self, name, data)
+
+    Monitor.say = lambda _self, text: said.append(text)  # type: ignore[method-assign]
+    ShardWriter.append = slowly  # type: ignore[method-assign]
+    train(rank, arguments)
+    return [re.sub(r"[\d.]+ s\b", "N s", line) for line in said if re.search("saved|waited", line)]
+
+
+def test_what_had_to_wait_for_the_disk_is_said(tmp_path: Path, corpus: str) -> None:
+    """A second save begins before the first is written; a part of each is more than its memory takes."""
+    wide = ["model.hidden_size=64", "model.intermediate_size=128", "train.steps=3", "checkpoint.interval=1"]
+    common = [*wide, f"data.path={corpus}", f"output={tmp_path}/run", "checkpoint.buffer_gib=0.002"]
+    said = run_distributed(train_and_listen, 2, common, timeout=240)[0]
+    places = [f"{tmp_path}/run/checkpoints/step-0000000{step}" for step in (1, 2, 3)]
+    assert said == [
+        "step 1: checkpoint.buffer_gib=0.002 holds less than the 0.00253 GiB that a rank saves; training waited for "
+        "the rest to be written",
+        "step 2: waited N s for the checkpoint of step 1",
+        f"step 1: saved {places[0]} in N s, beside training but for N s",
+        "step 3: waited N s for the checkpoint of step 2",
+        f"step 2: saved {places[1]} in N s, beside training but for N s",
+        f"step 3: saved {places[2]} in N s, beside training but for N s",
+    ]
+    said = run_distributed(train_and_listen, 2, [*common, "checkpoint.background=false", "train.steps=4"], timeout=240)[
+        0
+    ]
+    assert said == [f"step 4: saved {tmp_path}/run/checkpoints/step-00000004 in N s"]
