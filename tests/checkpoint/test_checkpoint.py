@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from running import everything, start, status, tokens, train
 from torch.nn import functional as F
 
-from occult_train.checkpoint import placing, state, store
+from occult_train.checkpoint import gathering, placing, state, store
 from occult_train.checkpoint.shards import ShardWriter
 from occult_train.config import to_yaml
 from occult_train.errors import CheckpointError
@@ -213,6 +213,7 @@ def memory_of_saving(_rank: int, overrides: list[str], root: str) -> tuple[int, 
     shape = ["model.hidden_size=128", "model.intermediate_size=256", "model.num_hidden_layers=12"]
     config, grid, engine = start([*overrides, *shape])
     zero.make_states(engine)
+    gathering.BATCH_BYTES >>= 2  # there are some five of them: out, in, sorted, and the library's own
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     state.save(engine, grid, Path(root), 1, {}, to_yaml(config), keep=1)
@@ -224,7 +225,7 @@ def test_saving_gathers_one_parameter_at_a_time(tmp_path: Path, overrides: list[
     for whole, grown in run_distributed(memory_of_saving, 2, overrides, str(tmp_path)):
         assert whole > 120e6
         # measured 3 to 11 MB; the masters alone are a third of the whole
-        assert grown < whole / 6
+        assert grown < whole / 6, grown
 
 
 MOVED = {0: Placement((7, 6, 5, 4, 3, 2, 1, 0)), 1: Placement((0, 2, 4, 6, 1, 3, 5, 7))}
