@@ -215,7 +215,8 @@ def _store_at(address: str, port: int, timeout: timedelta) -> Iterator[None]:
 
 
 def _own_address(name: str) -> str:
-    """The IPv4 address that a name means here, where this host has it and the other ranks' hosts may find it."""
+    """The IPv4 address that a name means here, where this host has it and the other ranks' hosts may find it: a name
+    may mean the loopback here alone, the loopback's number means it everywhere."""
     try:
         found = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -223,7 +224,7 @@ def _own_address(name: str) -> str:
     except OSError:
         return ""
     alone = first_number(LOCAL_SIZE_VARIABLES, 1) == int(os.environ["WORLD_SIZE"])
-    return found if alone or not found.startswith("127.") else ""
+    return found if alone or found == name or not found.startswith("127.") else ""
 
 
 def _listen(place: str, port: int) -> socket.socket:

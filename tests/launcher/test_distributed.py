@@ -73,7 +73,8 @@ def test_cores_are_shared_out_over_the_ranks_of_a_host(bare: pytest.MonkeyPatch)
     "name, size, expected",
     [
         ("127.0.0.1", "2", "127.0.0.1"),
-        ("127.0.0.1", "4", ""),  # where the ranks of another host would look at themselves
+        ("127.0.0.1", "4", "127.0.0.1"),
+        ("localhost", "4", ""),  # where the ranks of another host would look at themselves
         ("192.0.2.1", "4", ""),  # of documentation, of no host
         ("no.such.host.invalid", "4", ""),
     ],
