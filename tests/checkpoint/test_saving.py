@@ -160,7 +160,9 @@ def memory_of_saving(_rank: int, limit: int, root: str) -> tuple[int, int, int, 
     return status("VmHWM") - before, used, blocks.bytes - used, first.copier.waited
 
 
-@pytest.mark.parametrize("limit", [6 << 20, 20 << 20, 200 << 20])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(6 << 20, marks=pytest.mark.slow), 20 << 20, pytest.param(200 << 20, marks=pytest.mark.slow)]
+)
 def test_memory_is_bounded_and_used_again(tmp_path: Path, limit: int) -> None:
     for grown, used, more, waited in run_distributed(memory_of_saving, 2, limit, str(tmp_path)):
         assert waited == (limit < 60e6)
