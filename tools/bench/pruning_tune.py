@@ -37,7 +37,7 @@ from occult_train.moe.solver import device_of, solve
 from occult_train.moe.statistics import RoutingStatistics
 from occult_train.parallel import zero
 from occult_train.parallel.grid import Grid
-from occult_train.tools.bench.study import append, device_name, held_out_loss, parse_share, read_rows, train
+from occult_train.tools.bench.study import device_name, held_out_loss, make_runs, parse_share, read_rows, train
 
 RECIPE = "configs/finetune_pruned.yaml"
 LIMITS = (1, 2, 4)
@@ -244,16 +244,7 @@ def main() -> None:
     done = read_rows(Row, given.output)
     runs = left(done, given.groups, given.seeds, study.base, given.output, given.share)
     print(f"base {study.base}, {len(runs)} runs to make; set up in {time.perf_counter() - begun:.0f} s", flush=True)
-    longest = 0.0
-    for number, (variant, seed) in enumerate(runs):
-        started = time.perf_counter()
-        if started - begun + longest > given.seconds:
-            print(f"{len(runs) - number} runs are left; the same command goes on")
-            break
-        row = study.run(variant, seed)
-        append(given.output, row)
-        seconds = time.perf_counter() - started
-        longest = max(longest, seconds)
+    for (_, seed), row, seconds in make_runs(runs, study.run, given.output, begun + given.seconds):
         losses = f"loss {row.loss_before:.4f} -> {row.loss:.4f}, C_T {row.c_t:.3f}"
         run = f"{row.policy} m={row.devices} seed {seed}"
         print(f"{run}: {losses}, {row.step_ms:.1f} ms a step, {seconds:.0f} s", flush=True)

@@ -27,7 +27,7 @@ from occult_train.engine import build_engine
 from occult_train.errors import UserError
 from occult_train.models.config import ModelConfig
 from occult_train.parallel.grid import Grid
-from occult_train.tools.bench.study import append, device_name, held_out_loss, parse_share, read_rows, train
+from occult_train.tools.bench.study import device_name, held_out_loss, make_runs, parse_share, read_rows, train
 
 CONFIG = "configs/scmoe/study.yaml"
 Run = tuple[str, int]
@@ -156,17 +156,9 @@ def main() -> None:
     distributed.initialize()
     distributed.set_deepspeed_log(False)
     study = Study([CONFIG, f"data.path={given.corpus}", *given.settings], Grid.create(1))
-    runs, longest = study.left(given.output, given.seeds, given.share), 0.0
+    runs = study.left(given.output, given.seeds, given.share)
     print(f"{len(runs)} runs to make; set up in {time.perf_counter() - begun:.0f} s", flush=True)
-    for number, (variant, seed) in enumerate(runs):
-        started = time.perf_counter()
-        if started - begun + longest > given.seconds:
-            print(f"{len(runs) - number} runs are left; the same command goes on")
-            break
-        row = study.run(variant, seed)
-        append(given.output, row)
-        seconds = time.perf_counter() - started
-        longest = max(longest, seconds)
+    for (variant, seed), row, seconds in make_runs(runs, study.run, given.output, begun + given.seconds):
         size = f"{row.params:,} parameters, {row.active_params:,} of a token, {row.flops_token:,} FLOPs"
         times = f"{row.step_ms:.1f} ms a step, {seconds:.0f} s"
         print(f"{variant} seed {seed}: loss {row.loss:.4f}, {times}; {size}", flush=True)

@@ -2,6 +2,7 @@
 
 import csv
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,6 +19,7 @@ from occult_train.errors import UserError
 UNTIMED = 10
 """First steps of a run, which compile and warm up."""
 RowType = TypeVar("RowType")
+RunType = TypeVar("RunType", bound=tuple[Any, ...])
 
 
 def device_name() -> str:
@@ -99,6 +101,24 @@ def parse_share(text: str) -> tuple[int, int]:
     if not 1 <= first <= count:
         raise ValueError(text)
     return first, count
+
+
+def make_runs(
+    runs: list[RunType], run: Callable[..., Any], path: Path, until: float
+) -> Iterator[tuple[RunType, Any, float]]:
+    """Make runs, each `run(*its values)` a row that is appended to the CSV, as long as the longest so far would end
+    before `until` (of time.perf_counter). Yields the run, its row and its seconds."""
+    longest = 0.0
+    for number, each in enumerate(runs):
+        started = time.perf_counter()
+        if started + longest > until:
+            print(f"{len(runs) - number} runs are left; the same command goes on")
+            return
+        row = run(*each)
+        append(path, row)
+        seconds = time.perf_counter() - started
+        longest = max(longest, seconds)
+        yield each, row, seconds
 
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
