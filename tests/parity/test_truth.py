@@ -127,14 +127,14 @@ class Problem:
 
 
 PROBLEMS = {
-    "plain": Problem(43),
+    "plain": Problem(97),
     "bias": Problem(16, balance="bias"),
     "global_batch": Problem(10, scope="global_batch"),
     "norm_topk": Problem(5, normalise=True),
     "tied": Problem(14, tied=True),
     "prime": Problem(3, length=13, micro_batch=1),
-    "unclipped": Problem(43, clip=0.0),
-    "within_clip": Problem(43, clip=100.0),
+    "unclipped": Problem(97, clip=0.0),
+    "within_clip": Problem(97, clip=100.0),
     "one_device": Problem(1, favoured=4),
     "apart": Problem(6, favoured=4, apart=True),
     "one_expert": Problem(6, favoured=1, top_k=1),
@@ -145,14 +145,15 @@ PROBLEMS = {
     "dgmoe": Problem(4, top_k=1, block=("dgmoe",)),
     "dgmoe_one_device": Problem(5, top_k=1, block=("dgmoe",), favoured=4),
     "short_pos2": Problem(4, length=3, micro_batch=1, top_k=2, block=("scmoe", "pos2", 2, "cg1")),
-    "short_dgmoe": Problem(5, length=3, micro_batch=1, top_k=1, block=("dgmoe",)),
+    "short_dgmoe": Problem(14, length=3, micro_batch=1, top_k=1, block=("dgmoe",)),
     "pruned": Problem(22, prune=("similarity", 2, 4)),
-    "pos1_pruned": Problem(5, block=("scmoe", "pos1", 1, "cg1"), prune=("router", 2, 4), balance="bias"),
+    "pos1_pruned": Problem(369, block=("scmoe", "pos1", 1, "cg1"), prune=("router", 2, 4), balance="bias"),
     "pos2_pruned": Problem(13, top_k=2, block=("scmoe", "pos2", 2, "cg2"), prune=("similarity", 1, 4)),
     "short": Problem(569, length=3, micro_batch=1, smallest_gap=5e-3),
     "short_one_device": Problem(56, length=3, micro_batch=1, favoured=4, smallest_gap=5e-3),
 }
-"""Seeds were chosen for wide gaps between scores and well-conditioned gradients; float32 was then 5e-6 off at worst."""
+"""Seeds were chosen for wide gaps between scores and well-conditioned gradients: in float32, with weights moved by
+half a unit in the last place, the plain model stays within 7e-6 of itself in float64."""
 TUNINGS: dict[str, dict[str, Any]] = {
     "default": {"stage3_param_persistence_threshold": 40},
     "persistent": {},
@@ -263,7 +264,6 @@ EXACT = [
     *four_ranks("bias", (1, 2)),
     *four_ranks("global_batch", (1, 3)),
     *two_ranks("short", ("dedup",), (1, 2, 3)),
-    *two_ranks("short_one_device", BOTH, (1,)),
 ]
 EXTREME = [
     *two_ranks("one_device", BOTH, (0, 1, 2, 3)),
