@@ -6,6 +6,7 @@ B batch, S sequence, H width, V vocabulary, Lm MoE layers.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from occult_train.models.attention import Attention, Extend, Positions, positions
 from occult_train.models.cache import KVCache
 from occult_train.models.config import ModelConfig
+from occult_train.models.graphs import Graphs
 from occult_train.models.norm import RMSNorm
-from occult_train.models.recompute import run
+from occult_train.models.recompute import runner
 from occult_train.models.scmoe import ShortcutBlock, run_pair
 from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
@@ -48,6 +50,8 @@ class Runtime:
     """When shortcut-connected experts are computed; see `Schedule`."""
     try_chunks: bool = False
     """Whether that may choose chunks of its own."""
+    graphs: Graphs | None = None
+    """Those as which attention, MLPs and routers are replayed; None launches their kernels one by one."""
     prune: PruneConfig | None = None
     """Pruning with its groups resolved; None prunes nothing."""
 
@@ -61,7 +65,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, runtime: Runtime) -> None:
         super().__init__()
-        self.recompute = runtime.selective_checkpointing
+        self.run = runner(runtime.selective_checkpointing, runtime.graphs)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -78,22 +82,24 @@ class Block(nn.Module):
 
     def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
         """h + attention(norm(h)), [B, S, H]."""
-        return h + run(self.recompute, self._attend, h, at, extend)
+        if extend is not None:  # of another length each time
+            return self._attend(h, at, extend)
+        return self.run(self._attend, h, at)
 
     def feed(self, h: Tensor) -> tuple[Tensor, LayerRouting | None]:
         """h + experts(norm(h)) and their routing, or h + mlp(norm(h)) and None."""
         if self.moe is None:
-            return h + run(self.recompute, self._dense, h), None
-        x, logits_TE = run(self.recompute, self._route, h)
+            return self.run(self._dense, h), None
+        x, logits_TE = self.run(self._route, h)
         y, routing = self.moe(x, logits_TE)
         return h + y, routing
 
-    def _attend(self, h: Tensor, at: Positions, extend: Extend | None) -> Tensor:
-        return self.attention(self.attention_norm(h), at, extend)
+    def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        return h + self.attention(self.attention_norm(h), at, extend)
 
     def _dense(self, h: Tensor) -> Tensor:
         assert self.mlp is not None
-        return self.mlp(self.mlp_norm(h))
+        return h + self.mlp(self.mlp_norm(h))
 
     def _route(self, h: Tensor) -> tuple[Tensor, Tensor]:
         assert self.moe is not None
@@ -130,6 +136,8 @@ class GPT(nn.Module):
         self.last_losses: Losses | None = None
         setting = r.schedule if config.scmoe.window else "none"
         self.schedule = Schedule(setting, config.scmoe.window, r.way.chunks if r.way else 0, r.try_chunks)
+        self._at: tuple[Any, Positions] | None = None
+        """Of the last sequences without documents, as they seldom change: their length and device, and positions."""
         self.news: list[str] = []
         """Lines for the log, for whoever calls `finish_step` to take."""
 
@@ -156,10 +164,18 @@ class GPT(nn.Module):
         Returns:
             logits [B, S, V], or a scalar: mean cross-entropy in nats, and in training the weighted balancing losses.
         """
-        at = positions(self.config, input_ids, document_ids)
+        at = self._positions(input_ids, document_ids)
         h, routings = self.run_blocks(self.embed_tokens(input_ids), at)
         logits = self.lm_head(self.norm(h))
         return logits if labels is None else self._loss(logits, labels, routings, counted)
+
+    def _positions(self, input_ids: Tensor, document_ids: Tensor | None) -> Positions:
+        if document_ids is not None:
+            return positions(self.config, input_ids, document_ids)
+        kind = input_ids.shape[1], input_ids.device
+        if self._at is None or self._at[0] != kind:
+            self._at = kind, positions(self.config, input_ids, None)
+        return self._at[1]
 
     def run_blocks(self, h: Tensor, at: Positions, cache: KVCache | None = None) -> tuple[Tensor, list[LayerRouting]]:
         """All blocks on hidden states [B, S, H], and the routings of those with experts."""
@@ -242,7 +258,8 @@ class GPT(nn.Module):
 def _make_block(config: ModelConfig, layer: int, runtime: Runtime) -> Block | ShortcutBlock:
     if config.scmoe.block == "none" or layer in config.mlp_layers:
         return Block(config, layer, runtime)
-    return ShortcutBlock(config, _make_moe(config, layer, runtime), runtime.selective_checkpointing)
+    run = runner(runtime.selective_checkpointing, runtime.graphs)
+    return ShortcutBlock(config, _make_moe(config, layer, runtime), run)
 
 
 def _make_moe(config: ModelConfig, layer: int, runtime: Runtime) -> MoELayer:

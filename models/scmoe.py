@@ -23,7 +23,7 @@ from occult_train.kernels.gating.autograd import gated
 from occult_train.models.attention import Attention, Extend, Positions
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
-from occult_train.models.recompute import run
+from occult_train.models.recompute import Run
 from occult_train.moe.layer import MoELayer, SwiGLU
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.overlap import Schedule, run_window
@@ -48,10 +48,10 @@ class ShortcutBlock(nn.Module):
     Its experts' way is `route` (as early as the shortcut is known), `moe`, then `join` (after `attend` and `share`).
     """
 
-    def __init__(self, config: ModelConfig, moe: MoELayer, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, moe: MoELayer, run: Run) -> None:
         """moe: without a shared expert of its own; dual for dgmoe."""
         super().__init__()
-        self.recompute, self.before, self.combine = recompute, config.scmoe.before, config.scmoe.combine
+        self.run, self.before, self.combine = run, config.scmoe.before, config.scmoe.combine
         self.dual = config.scmoe.block == "dgmoe"
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps)
@@ -65,7 +65,9 @@ class ShortcutBlock(nn.Module):
 
     def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
         """h_l -> a_l+1, [B, S, H]."""
-        return h + run(self.recompute, self._attend, h, at, extend)
+        if extend is not None:  # of another length each time
+            return self._attend(h, at, extend)
+        return self.run(self._attend, h, at)
 
     def route(self, shortcut: Tensor, current: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The inputs of `moe`: normed rows and their logits.
@@ -74,19 +76,19 @@ class ShortcutBlock(nn.Module):
             shortcut: s, [B, S, H].
             current: a_l+1 of dgmoe, whose rows [2B, S, H] are those of s, then these.
         """
-        return run(self.recompute, self._route, shortcut, current)
+        return self.run(self._route, shortcut, current)
 
     def share(self, a: Tensor) -> Shared:
         """a_l+1, and what does not wait for the experts of what is added to it."""
-        return a, *run(self.recompute, self._share, a)
+        return a, *self.run(self._share, a)
 
     def join(self, shared: Shared, routed: Tensor) -> Tensor:
         """h_l+1 from what `share` gave and the experts' output for what `route` gave."""
         a, own, weight = shared
         return a + own + (routed if weight is None else weight * routed)
 
-    def _attend(self, h: Tensor, at: Positions, extend: Extend | None) -> Tensor:
-        return self.attention(self.attention_norm(h), at, extend)
+    def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        return h + self.attention(self.attention_norm(h), at, extend)
 
     def _route(self, shortcut: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.shortcut_norm(shortcut)

@@ -187,6 +187,9 @@ class TrainConfig:
     activation_checkpointing: str = "none"
     """selective recomputes attention, norms and experts in backward; routing and received rows are kept, so nothing is
     routed or sent twice."""
+    cuda_graphs: bool = False
+    """Replay attention, MLPs, shared experts of shortcut blocks and routers as CUDA graphs: a launch each, where the
+    host cannot keep up with the GPU. What they keep for backward stays in memory of their own."""
     trainable: str = "all"
     """all; moe (routers, experts and shared experts); or a regular expression: parameters in whose name it is found,
     such as layers.3.moe.experts.w1. The others are frozen, in the type that the model computes in, and have no
@@ -384,10 +387,23 @@ class Config:
             ) from None
         if not 0 <= self.train.seed < 2**63:
             raise ConfigError(f"train.seed={self.train.seed} must lie between 0 and {2**63 - 1}")
+        if self.train.cuda_graphs:
+            self._validate_graphs()
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
             raise ConfigError(f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1)")
         if not 0 <= self.scheduler.min_lr_ratio <= 1:
             raise ConfigError(f"scheduler.min_lr_ratio={self.scheduler.min_lr_ratio} must lie between 0 and 1")
+
+    def _validate_graphs(self) -> None:
+        checkpointing, stage = self.train.activation_checkpointing, self.zero.stage
+        if checkpointing != "none":
+            raise ConfigError(
+                f"train.cuda_graphs=true keeps what train.activation_checkpointing={checkpointing} would compute again"
+            )
+        if stage == 3:
+            raise ConfigError("train.cuda_graphs=true needs parameters that stay where they are, and zero.stage is 3")
+        if self.data.mask_documents:
+            raise ConfigError("train.cuda_graphs=true needs the same mask each time, and data.mask_documents is true")
 
     def _validate_replace(self) -> None:
         replace = self.moe.replace

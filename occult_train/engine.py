@@ -23,6 +23,7 @@ from occult_train.config import UNFUSED, Config
 from occult_train.deepspeed_options import check_deepspeed
 from occult_train.errors import ConfigError
 from occult_train.models.gpt import GPT, Runtime
+from occult_train.models.graphs import Graphs
 from occult_train.models.init import init_weights
 from occult_train.moe.choose import Shape as LayerShape
 from occult_train.moe.choose import Wanted, can_run_kernels, choose
@@ -167,7 +168,13 @@ def choose_dispatcher(config: Config, grid: Grid) -> tuple[str, str]:
 
 
 def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
-    """How the model of `config` runs on this rank."""
+    """How the model of `config` runs on this rank.
+
+    Raises:
+        ConfigError: train.cuda_graphs without a GPU.
+    """
+    if config.train.cuda_graphs and not torch.cuda.is_available():
+        raise ConfigError("train.cuda_graphs=true needs a CUDA GPU, and this machine has none")
     cuts = way is not None and way.transport != "symmetric" and torch.cuda.is_available()
     return Runtime(
         way=way,
@@ -177,6 +184,7 @@ def runtime(config: Config, grid: Grid, way: Way | None = None) -> Runtime:
         dispatcher=choose_dispatcher(config, grid)[0],
         placements=resolve(config.moe.placement, config.model.moe_layers, config.model.num_experts),
         selective_checkpointing=config.train.activation_checkpointing == "selective",
+        graphs=Graphs() if config.train.cuda_graphs else None,
         balance=config.moe.balance,
         aux_loss_coef=config.moe.aux_loss_coef,
         aux_loss_scope=config.moe.aux_loss_scope,

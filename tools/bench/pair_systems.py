@@ -16,6 +16,7 @@ from occult_train.errors import UserError
 from occult_train.models.attention import Positions, positions
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
+from occult_train.models.graphs import Graphs
 from occult_train.models.init import draw, init_weights
 from occult_train.moe.choose import Shape, Wanted, choose
 from occult_train.moe.fused import Way
@@ -134,9 +135,10 @@ def build_pair(system: str, model: ModelConfig, grid: Grid, tokens: int, device:
     name, options = parse_system(system, PAIR_SYSTEMS)
     if name == "autoep":
         return _build_autoep(model, grid, device, {key: read_value(value) for key, value in options.items()})
-    unknown = set(options) - {*WAYS, "schedule"}
-    if unknown:
-        raise UserError(f"system {system!r}: options are {', '.join((*WAYS, 'schedule'))}, not {unknown.pop()}")
+    known = (*WAYS, "schedule", "graphs")
+    if unknown := set(options) - {*known}:
+        raise UserError(f"system {system!r}: options are {', '.join(known)}, not {unknown.pop()}")
+    graphs = Graphs() if device.type == "cuda" and options.pop("graphs", "0") != "0" else None
     schedule = options.pop("schedule", "auto" if name == "overlapped" else "none")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     way, note = None, "reference backend"
@@ -149,7 +151,7 @@ def build_pair(system: str, model: ModelConfig, grid: Grid, tokens: int, device:
         except ValueError as error:
             raise UserError(f"system {system!r}: {error}") from None
     try_chunks = way is not None and way.transport != "symmetric" and "overlap" not in options
-    runtime = plain_runtime(grid, way, schedule=schedule, try_chunks=try_chunks)
+    runtime = plain_runtime(grid, way, schedule=schedule, try_chunks=try_chunks, graphs=graphs)
     return Pair(make_model(model, runtime, device, dtype), note, way is not None and way.transport == "symmetric")
 
 
