@@ -135,7 +135,9 @@ class GPT(nn.Module):
         self.balancer = Balancer(r.balance, r.aux_loss_scope, r.bias_update_rate, r.aux_loss)
         self.last_losses: Losses | None = None
         setting = r.schedule if config.scmoe.window else "none"
-        self.schedule = Schedule(setting, config.scmoe.window, r.way.chunks if r.way else 0, r.try_chunks)
+        # with graphs; but rows that leave before the host knows their number should do so early
+        quick = r.graphs is not None and not (r.way and r.way.transport == "symmetric")
+        self.schedule = Schedule(setting, config.scmoe.window, r.way.chunks if r.way else 0, r.try_chunks, quick)
         self._at: tuple[Any, Positions] | None = None
         """Of the last sequences without documents, as they seldom change: their length and device, and positions."""
         self.news: list[str] = []

@@ -94,13 +94,16 @@ def best_gap(forward: Times, backward: Times | None = None) -> int:
 class Schedule:
     """Where the shortcut-connected experts of a model are computed; the same in all its blocks and on all ranks."""
 
-    def __init__(self, setting: str, window: Sequence[str], chunks: int = 0, try_chunks: bool = False) -> None:
+    def __init__(
+        self, setting: str, window: Sequence[str], chunks: int = 0, try_chunks: bool = False, quick: bool = False
+    ) -> None:
         """`auto`, `none` (one after the other) or the number of a gap.
 
         Args:
             window: names of the operators.
             chunks: of the fused layer; see `Way`.
             try_chunks: whether `auto` may choose another number.
+            quick: whether operators are launched in no time, as CUDA graphs are.
 
         Raises:
             ValueError: the window has no such gap.
@@ -108,7 +111,7 @@ class Schedule:
         if setting.isdecimal() and int(setting) > len(window):
             raise ValueError(f"the window ({', '.join(window)}) has gaps 0 to {len(window)}, not {setting}")
         gap = int(setting) if setting.isdecimal() else None
-        self.window, self.chunks = tuple(window), chunks
+        self.window, self.chunks, self.quick = tuple(window), chunks, quick
         self.gaps = {True: gap, False: gap}
         """For passes with gradients and without; None is one after the other."""
         self.watches: list[Stopwatch] = []
@@ -221,14 +224,16 @@ def _interleave(
     schedule: Schedule, moe: MoELayer, chosen: Chosen, h: Any, window: Operators, gap: int
 ) -> tuple[Any, Tensor]:
     flight = moe.begin(chosen, schedule.chunks)
-    for number, operator in enumerate(window):
-        if number == min(gap, 1):  # the host waits for counts: behind the first operator, that the device has work
-            flight.send()
-        if number == gap:
-            flight.compute()
+    # the host waits for counts, and then has much to launch: behind operators, that the device has work meanwhile
+    before = gap if schedule.quick else min(gap, 1)
+    for operator in window[:before]:
         h = operator(h)
-    if gap == len(window):
-        flight.compute()
+    flight.send()
+    for operator in window[before:gap]:
+        h = operator(h)
+    flight.compute()
+    for operator in window[gap:]:
+        h = operator(h)
     return h, flight.finish()
 
 

@@ -109,6 +109,7 @@ def test_errors_name_both_values(args: tuple[Any, ...], message: str, keep: bool
         kernel.gather_swiglu(*args, keep=keep)
 
 
+@pytest.mark.gpu
 @requires_gpu
 @pytest.mark.parametrize("loads", ["pointers", "descriptors"])
 def test_every_setting_that_tuning_tries(loads: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,7 @@ def test_errors_name_both_values(function: Callable[..., Tensor], args: tuple[An
 LARGE = [0, 1, 4097, 64, 1000, 0, 129, 700]
 
 
+@pytest.mark.gpu
 @requires_gpu
 @each_type
 def test_large(dtype: torch.dtype, device: torch.device) -> None:
@@ -256,6 +257,7 @@ def test_large(dtype: torch.dtype, device: torch.device) -> None:
     check_close(kernel.tn(g, x, ends), reference.tn(*exact(g, x, ends)))
 
 
+@pytest.mark.gpu
 @requires_gpu
 @pytest.mark.parametrize("loads", ["pointers", "descriptors"])
 def test_every_setting_that_tuning_tries(loads: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def test_errors_name_both_values(args: tuple[Any, ...], message: str) -> None:
         kernel.merge_matmul(*args, 9)
 
 
+@pytest.mark.gpu
 @requires_gpu
 @pytest.mark.parametrize("loads", ["pointers", "descriptors"])
 def test_every_setting_that_tuning_tries(loads: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

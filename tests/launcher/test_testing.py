@@ -59,6 +59,7 @@ def _device_of_rank(rank: int) -> tuple[int, str]:
     return value.device.index, dist.get_backend()
 
 
+@pytest.mark.gpu
 @requires_gpus(2)
 def test_nccl_gives_each_rank_its_gpu() -> None:
     assert run_distributed(_device_of_rank, 2, backend="nccl") == [(0, "nccl"), (1, "nccl")]

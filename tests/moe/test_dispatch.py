@@ -468,6 +468,7 @@ def test_local_sends_nothing(layout: tuple[int, int], case: str) -> None:
         assert not any(result.traffic.bytes_sent.values())
 
 
+@pytest.mark.gpu
 @requires_gpus(2)
 def test_nccl_does_what_gloo_does() -> None:
     """Arrivals, rows and bytes are the same; results and gradients are those of the same sums on another machine."""

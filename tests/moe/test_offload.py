@@ -152,6 +152,7 @@ def test_too_little_room_names_what_there_is_and_what_is_needed() -> None:
         generate(model, [list(range(30))], Sampling(), Ending(1))
 
 
+@pytest.mark.gpu
 @requires_gpu
 @pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "blocking"])
 def test_on_a_gpu_copies_are_whole_before_they_are_used(ahead: bool) -> None:

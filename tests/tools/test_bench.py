@@ -594,6 +594,7 @@ def measure_on_gpu(rank: int) -> dict[str, Any]:
     return layer.measure(made)
 
 
+@pytest.mark.gpu
 @requires_gpu
 def test_memory_and_breakdown_on_a_gpu() -> None:
     (row,) = run_distributed(measure_on_gpu, 1, backend="nccl")
