@@ -9,7 +9,7 @@ from torch import Tensor
 
 from occult_train.checkpoint.shards import ShardWriter
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Block:
         data = memoryview(self.data_B.numpy())
         for segment in self.segments:
             segment.writer.append(segment.name, data[segment.start : segment.end])
+        for writer in dict.fromkeys(segment.writer for segment in self.segments):
+            writer.flush()
 
 
 class Blocks:

@@ -6,13 +6,16 @@ import json
 import os
 import struct
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from occult_train.errors import CheckpointError
+
+MOST_BUFFERS = 1024
+"""What a call of `writev` takes (IOV_MAX)."""
 
 
 @dataclass(frozen=True)
@@ -62,38 +65,54 @@ class ShardWriter:
         self._order = iter(shapes)
         self._digest: hashlib._Hash | None = None
         """Of the tensor that is being written."""
-        self._offset = 0
-        """Where it begins."""
-        self._file: BinaryIO | None = None
+        self._begin = self._end = 0
+        """Where it begins, and where what was appended ends."""
+        self._pending: list[memoryview] = []
+        self._file: FileIO | None = None
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         if self._file is None:
-            self._file = self.path.open("wb")
-            self._file.write(self._header)
+            self._file = self.path.open("wb", buffering=0)
+            self._pending, self._end = [memoryview(self._header)], len(self._header)
         return self._file
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor. Raises OSError if the disk does not take it."""
         assert tuple(tensor.shape) == self.shapes[name], (name, tensor.shape, self.shapes[name])
         self.append(name, data_bytes(tensor))
+        self.flush()
 
     def append(self, name: str, data: memoryview) -> None:
-        """Append the data of the next tensor, or a part of it. Raises OSError if the disk does not take it."""
-        file = self._open()
+        """Append the data of the next tensor, or a part of it, which stays as it is until `flush`."""
+        self._open()
         if self._digest is None:
             assert name == next(self._order), name
-            self._digest, self._offset = hashlib.sha256(), file.tell()
+            self._digest, self._begin = hashlib.sha256(), self._end
         self._digest.update(data)
-        file.write(data)
-        entry = Entry(self.path.name, self.shapes[name], self._offset, self._digest.hexdigest())
-        if file.tell() == entry.offset + entry.nbytes:
-            self.entries[name], self._digest = entry, None
+        self._pending.append(data)
+        self._end += len(data)
+        shape = self.shapes[name]
+        if self._end == self._begin + Entry("", shape, 0, "").nbytes:
+            self.entries[name] = Entry(self.path.name, shape, self._begin, self._digest.hexdigest())
+            self._digest = None
+
+    def flush(self) -> None:
+        """Write what was appended, in as few calls as can be: each takes the interpreter's lock from whoever computes
+        beside it. Raises OSError if the disk does not take it."""
+        file, pending = self._open(), [data for data in self._pending if len(data)]
+        self._pending = []
+        while pending:
+            written = os.writev(file.fileno(), pending[:MOST_BUFFERS])
+            while pending and written >= len(pending[0]):
+                written -= len(pending.pop(0))
+            if written:
+                pending[0] = pending[0][written:]
 
     def close(self) -> None:
         """Make the file durable; every tensor must have been written."""
         assert len(self.entries) == len(self.shapes), "tensors are missing"
+        self.flush()
         with self._open() as file:
-            file.flush()
             os.fsync(file.fileno())
 
     def abandon(self) -> None:

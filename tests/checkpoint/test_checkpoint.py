@@ -310,7 +310,7 @@ def disk_full(rank: int, root: str, full: str, beside: bool) -> str:
         return act
 
     if full == "shards" and rank == 1:
-        ShardWriter.append = limited(20_000, ShardWriter.append)  # type: ignore[method-assign]
+        ShardWriter.flush = limited(20_000, ShardWriter.flush)  # type: ignore[method-assign]
     elif full == "manifest":
         store.write_durably = limited(1000, store.write_durably)
     try:

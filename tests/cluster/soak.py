@@ -146,7 +146,7 @@ class Forked:
 
 def _start(args: Any, **options: Any) -> Any:
     """In place of `subprocess.Popen`."""
-    if isinstance(args, list) and args[0] == sys.executable and "-m" in args and "stdout" not in options:
+    if isinstance(args, list) and args[0] == sys.executable and "-m" in args and options.get("stdout") is None:
         return Forked(args, options["env"], options.get("start_new_session", False))
     return POPEN(args, **options)
 
@@ -338,6 +338,7 @@ def _lost(text: str) -> list[str]:
 def main(
     count: Annotated[int, typer.Argument(min=1, help="Trials to add to those of the log.")],
     folder: Annotated[Path, typer.Option(help="Of the log, and of what failed trials leave.")] = Path("runs/soak"),
+    first: Annotated[int, typer.Option(help="Seed of a new log's first trial; those after it count on.")] = 0,
     only: Annotated[int, typer.Option(help="Repeat the trial of this seed alone, without the log.")] = -1,
 ) -> None:
     """Run trials, and print what came of all so far."""
@@ -352,7 +353,7 @@ def main(
     log = root / "log.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for _ in range(count):
-        trial = Trial.draw(len(done))
+        trial = Trial.draw(done[-1]["seed"] + 1 if done else first)
         calm(root, trial)
         began = time.monotonic()
         wrong = run(root, trial)
