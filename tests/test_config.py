@@ -286,6 +286,12 @@ PRUNED = ["moe.prune.policy=router", "moe.prune.groups=8", "moe.prune.devices=2"
         (["moe.aux_loss_scope=batch"], ["moe.aux_loss_scope=batch", "micro_batch, global_batch"]),
         (["train.precision=float"], ["train.precision=float", "fp32, bf16, fp16"]),
         (["train.activation_checkpointing=full"], ["train.activation_checkpointing=full", "none, selective"]),
+        (
+            ["train.cuda_graphs=true", "train.activation_checkpointing=selective"],
+            ["train.cuda_graphs=true", "train.activation_checkpointing=selective"],
+        ),
+        (["train.cuda_graphs=true", "zero.stage=3"], ["train.cuda_graphs=true", "zero.stage is 3"]),
+        (["train.cuda_graphs=true", "data.mask_documents=true"], ["train.cuda_graphs", "data.mask_documents is true"]),
         (["scheduler.name=cosin"], ["scheduler.name=cosin", "did you mean cosine?"]),
         (["zero.stage=4"], ["zero.stage=4", "0, 1, 2, 3"]),
         (["parallel.expert=0"], ["parallel.expert=0", "at least 1"]),

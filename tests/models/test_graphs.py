@@ -10,12 +10,16 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from occult_train.config import load
+from occult_train.engine import runtime
+from occult_train.errors import ConfigError
 from occult_train.models.config import ModelConfig
 from occult_train.models.gpt import GPT, Runtime
 from occult_train.models.graphs import Graphs
 from occult_train.models.init import init_weights
 from occult_train.models.scmoe_config import ScMoEConfig
 from occult_train.moe.fused import Way
+from occult_train.parallel.grid import Grid
 from occult_train.testing import requires_gpu
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -173,6 +177,12 @@ def test_a_second_forward_before_backward_is_an_error() -> None:
 def test_graphs_and_recomputation_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="would compute again"):
         GPT(config("plain"), Runtime(graphs=Graphs(tape), selective_checkpointing=True))
+
+
+def test_without_a_gpu_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^train\.cuda_graphs=true needs a CUDA GPU, and this machine has none$"):
+        runtime(load(["train.cuda_graphs=true"]), Grid())
 
 
 @pytest.mark.gpu
