@@ -39,8 +39,10 @@ def memory(trainer: Any) -> None:
 
 def nan(trainer: Any) -> None:
     """Weights that are no numbers any more."""
+    *_, parameter = trainer.model.parameters()  # of the head, all of which every token meets
     with torch.no_grad():
-        next(trainer.model.parameters()).fill_(float("nan"))
+        for values in (parameter, getattr(parameter, "ds_tensor", parameter)):  # ZeRO-3 keeps this rank's part there
+            values.fill_(float("nan"))
 
 
 def dawdle(trainer: Any) -> None:
