@@ -1,4 +1,4 @@
-"""What checkpoints cost the steps beside them: one run on two ranks that saves now and then, on this machine.
+"""What checkpoints cost the steps beside them: one run that saves now and then, on this machine.
 
     python -m occult_train.tools.bench.saving corpus checkpoint.background=true checkpoint.buffer_gib=0.1
 
@@ -21,7 +21,7 @@ from occult_train.launcher.plan import Options
 from occult_train.launcher.train import launch
 
 SETTINGS = [
-    *("model.hidden_size=256", "model.intermediate_size=512", "model.num_hidden_layers=4", "parallel.expert=2"),
+    *("model.hidden_size=256", "model.intermediate_size=512", "model.num_hidden_layers=4"),
     *("model.num_attention_heads=4", "model.num_experts=16", "model.num_experts_per_tok=2", "train.precision=fp32"),
     *("data.sequence_length=128", "train.global_batch_size=4", "train.micro_batch_size=2", "train.steps=81"),
     *("eval.interval=0", "eval.sequences=2", "monitor.interval=1", "checkpoint.keep=0", "checkpoint.interval=20"),
@@ -53,11 +53,12 @@ def step_times(run: Path) -> tuple[list[list[float]], list[float]]:
 def main(
     corpus: Annotated[str, typer.Argument(help="Made by `occult prepare`.")],
     settings: Annotated[list[str] | None, typer.Argument(help="As of `occult train`.")] = None,
+    ranks: Annotated[int, typer.Option(help="Of one host. On CPUs fewer than cores leave some to the writers.")] = 2,
 ) -> None:
     """Train, and print what the steps took."""
     with tempfile.TemporaryDirectory(prefix="occult-saving-") as folder:
-        run = [*SETTINGS, f"data.path={corpus}", *(settings or []), f"output={folder}/run"]
-        if code := launch(run, Options(num_gpus=2)):
+        run = [*SETTINGS, f"parallel.expert={ranks}", f"data.path={corpus}", *(settings or []), f"output={folder}/run"]
+        if code := launch(run, Options(num_gpus=ranks)):
             raise typer.Exit(code)
         beside, others = step_times(Path(folder, "run"))
         size = sum(p.stat().st_size for p in sorted(Path(folder, "run", "checkpoints").glob("step-*"))[-1].iterdir())
