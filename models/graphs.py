@@ -33,8 +33,8 @@ class Graphs:
         types, and otherwise the same objects. Passes with gradients and without have graphs of their own.
 
         Args:
-            function: a bound method; of its inputs and of parameters that lie where they lay, and of nothing else.
-                Returns a tensor, or a tuple of tensors and None.
+            function: a method of a module; of its inputs and of the module's parameters, and of nothing else. Returns
+                a tensor, or a tuple of tensors and None. Where parameters lie elsewhere, it is captured again.
         """
         key = function, torch.is_grad_enabled()
         part = self._parts.get(key)
@@ -51,6 +51,8 @@ class _Part:
         self, function: Callable[..., Any], inputs: Sequence[Any], capture: Capture, addresses: set[int]
     ) -> None:
         """addresses: of other parts' results; an input that lies there is read there, others are copied."""
+        self._module = list(function.__self__.parameters())  # type: ignore[attr-defined]
+        self._lay = [parameter.data_ptr() for parameter in self._module]
         self.inputs = [_fixed(x, addresses) if isinstance(x, Tensor) else x for x in inputs]
         self._chained = [isinstance(x, Tensor) and x.data_ptr() in addresses for x in inputs]
         self._turn = 0
@@ -77,7 +79,6 @@ class _Part:
         own = {id(x) for x in tensors}
         self.parameters = [leaf for leaf in _leaves(self.differentiable) if id(leaf) not in own]
         self._wanted = [*(x for x in tensors if x.requires_grad), *self.parameters]
-        self._lay = [parameter.data_ptr() for parameter in self.parameters]
 
     def _differentiate(self) -> tuple[Tensor | None, ...]:
         """Gradients of what has them, from `output_gradients`. The graph stays, so nothing else gets its memory."""
@@ -87,7 +88,7 @@ class _Part:
 
     def moved(self) -> bool:
         """Whether parameters lie elsewhere now."""
-        return any(p.data_ptr() != at for p, at in zip(self.parameters, self._lay, strict=True))
+        return any(p.data_ptr() != at for p, at in zip(self._module, self._lay, strict=True))
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether it was captured for inputs like these."""
