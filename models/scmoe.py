@@ -28,8 +28,8 @@ from occult_train.moe.layer import MoELayer, SwiGLU
 from occult_train.moe.losses import LayerRouting
 from occult_train.moe.overlap import Schedule, run_window
 
-Shared = tuple[Tensor, Tensor, Tensor | None]
-"""a_l+1 [B, S, H], what is added to it beside the routed experts' output, and that one's weight [B, S, 1] or None."""
+Shared = tuple[Tensor, Tensor | None]
+"""h_l+1 but for the routed experts' output [B, S, H], and that one's weight [B, S, 1] or None."""
 
 
 class DenseBlock(Protocol):
@@ -79,13 +79,13 @@ class ShortcutBlock(nn.Module):
         return self.run(self._route, shortcut, current)
 
     def share(self, a: Tensor) -> Shared:
-        """a_l+1, and what does not wait for the experts of what is added to it."""
-        return a, *self.run(self._share, a)
+        """From a_l+1 what does not wait for the routed experts."""
+        return self.run(self._share, a)
 
     def join(self, shared: Shared, routed: Tensor) -> Tensor:
         """h_l+1 from what `share` gave and the experts' output for what `route` gave."""
-        a, own, weight = shared
-        return a + own + (routed if weight is None else weight * routed)
+        h, weight = shared
+        return h + (routed if weight is None else weight * routed)
 
     def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
         return h + self.attention(self.attention_norm(h), at, extend)
@@ -96,18 +96,17 @@ class ShortcutBlock(nn.Module):
             x = torch.cat((x, self.mlp_norm(current)))
         return x, self.moe.router(x.flatten(0, 1))
 
-    def _share(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The shared expert's output, weighted, and the routed experts' weight if it is not one."""
+    def _share(self, a: Tensor) -> Shared:
         assert self.shared_expert is not None
         x = self.mlp_norm(a)
         shared = self.shared_expert(x)
         if self.combine_gate is None:
-            return shared, None
+            return a + shared, None
         gate = self.combine_gate(x)
         if self.combine == "cg1":
-            return gated(shared, gate), None
+            return a + gated(shared, gate), None
         share = gate.softmax(dim=-1)
-        return share[..., :1] * shared, share[..., 1:]
+        return a + share[..., :1] * shared, share[..., 1:]
 
 
 def run_pair(
