@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from occult_train.errors import UserError
+from occult_train.errors import UserError, writing
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a record. Raises OSError if the disk does not take it."""
-    with path.open("a") as file:
+    """Add a record. Raises UserError if the disk does not take it."""
+    with writing(str(path)), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 

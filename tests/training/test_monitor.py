@@ -179,6 +179,11 @@ def test_another_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         runlog.read(path)
 
 
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^/dev/full cannot be written: No space left on device$"):
+        runlog.append(Path("/dev/full"), {"kind": "step", "step": 1})
+
+
 def test_a_log_that_is_not_there_begins_empty(tmp_path: Path) -> None:
     runlog.rewind(tmp_path / "log.jsonl", 0)
     runlog.append(tmp_path / "log.jsonl", {"kind": "step", "step": 1})
