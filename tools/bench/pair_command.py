@@ -50,9 +50,9 @@ def pair(
         typer.Option(
             help="overlapped (shortcut-connected experts beside their window), sequential (the same one step after the "
             "other), top2 (the twin with our fastest dispatch), autoep (the twin with DeepSpeed's experts); options "
-            "after a colon, as in overlapped:transport=host,overlap=2,schedule=1."
+            "after a colon, as in overlapped:transport=host,overlap=2,schedule=1; graphs=1 is train.cuda_graphs."
         ),
-    ] = "overlapped sequential top2 autoep",
+    ] = "overlapped:graphs=1 sequential:graphs=1 top2:graphs=1 autoep",
     sequences: Annotated[int, typer.Option(help="Of a rank; 0 takes the preset's micro-batch.", min=0)] = 0,
     length: Annotated[int, typer.Option(help="Tokens of a sequence; 0 takes the preset's.", min=0)] = 0,
     ep: Annotated[int, typer.Option(help="Ranks over which experts are spread; 0 takes all GPUs.", min=0)] = 0,

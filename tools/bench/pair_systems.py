@@ -138,7 +138,9 @@ def build_pair(system: str, model: ModelConfig, grid: Grid, tokens: int, device:
     known = (*WAYS, "schedule", "graphs")
     if unknown := set(options) - {*known}:
         raise UserError(f"system {system!r}: options are {', '.join(known)}, not {unknown.pop()}")
-    graphs = Graphs() if device.type == "cuda" and options.pop("graphs", "0") != "0" else None
+    if (wanted_graphs := options.pop("graphs", "0")) not in ("0", "1"):
+        raise UserError(f"system {system!r}: graphs={wanted_graphs} is not 0 or 1")
+    graphs = Graphs() if wanted_graphs == "1" and device.type == "cuda" else None
     schedule = options.pop("schedule", "auto" if name == "overlapped" else "none")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     way, note = None, "reference backend"

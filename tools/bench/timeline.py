@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from occult_train.tools.bench.breakdown import COMMUNICATION, Kernel
@@ -109,10 +110,16 @@ def phases(kernels: Sequence[Kernel], names: Sequence[str]) -> dict[str, list[li
 
 
 def record(steps: dict[str, Callable[[], Any]], repetitions: int = 4) -> dict[str, list[list[Kernel]]]:
-    """Profile phases in turn, warm, on a GPU, with the host ahead of the device. Collective if they are."""
-    torch.cuda.synchronize()
+    """Profile phases in turn, warm, on a GPU, with the host ahead of the device. Collective.
+
+    Ranks begin together, and one more repetition comes before those that count: profilers take their time to start,
+    and who was first would seem to communicate for as long as the last one took.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(repetitions):
+        if dist.is_initialized():
+            dist.barrier()
+        torch.cuda.synchronize()
+        for _ in range(repetitions + 1):
             for step in steps.values():
                 torch.cuda._sleep(MARK_CYCLES)
                 step()
@@ -125,4 +132,4 @@ def record(steps: dict[str, Callable[[], Any]], repetitions: int = 4) -> dict[st
         for event in events
         if event.device_type == gpu and not getattr(event, "is_user_annotation", False)
     ]
-    return phases(kernels, list(steps))
+    return {name: runs[1:] for name, runs in phases(kernels, list(steps)).items()}
