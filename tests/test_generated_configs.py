@@ -35,7 +35,7 @@ CONFIGS = sorted(str(path) for path in (ROOT / "configs").rglob("*.yaml"))
 SECONDS = 60
 """For an example; most take a tenth of one."""
 MEMORY = 2 * 2**30
-"""Bytes by which the process may grow."""
+"""Bytes by which the process may grow in an example."""
 
 # --- what users type
 
@@ -205,12 +205,13 @@ def run(count: int, corpus: Path) -> None:
     @settings(max_examples=count, deadline=SECONDS * 1000, database=None, suppress_health_check=list(HealthCheck))
     def every(base: list[str], typed: list[str], document: str | None) -> None:
         file.write_text(document or "", encoding="utf-8", errors="surrogatepass")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         outcomes[check([*base, *([] if document is None else [str(file)]), *typed])] += 1
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        assert grown < MEMORY, f"{grown:,} bytes"
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     every()
     assert min(outcomes.values()) > count // 10, outcomes
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
 
 
 def test_some_build_or_say_why_not(corpus: Path) -> None:
