@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from occult_train.kernels.rotary.autograd import rotate
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
+from occult_train.models.recompute import Run
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,22 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.width)).transpose(1, 2)
+
+
+class AttendingBlock(nn.Module):
+    """What all blocks begin with: h + attention(norm(h))."""
+
+    def __init__(self, config: ModelConfig, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+
+    def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        if extend is not None:  # of another length each time
+            return self._attend(h, at, extend)
+        return self.run(self._attend, h, at)
+
+    def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
+        return h + self.attention(self.attention_norm(h), at, extend)

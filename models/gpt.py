@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from occult_train.models.attention import Attention, Extend, Positions, positions
+from occult_train.models.attention import AttendingBlock, Extend, Positions, positions
 from occult_train.models.cache import KVCache
 from occult_train.models.config import ModelConfig
 from occult_train.models.graphs import Graphs
 from occult_train.models.norm import RMSNorm
-from occult_train.models.recompute import runner
+from occult_train.models.recompute import Run, runner
 from occult_train.models.scmoe import ShortcutBlock, run_pair
 from occult_train.moe.fused import Way
 from occult_train.moe.layer import MoELayer, MoEOptions, SwiGLU
@@ -55,8 +55,12 @@ class Runtime:
     prune: PruneConfig | None = None
     """Pruning with its groups resolved; None prunes nothing."""
 
+    def runner(self) -> Run:
+        """Runs the parts of blocks."""
+        return runner(self.selective_checkpointing, self.graphs)
 
-class Block(nn.Module):
+
+class Block(AttendingBlock):
     """Pre-norm block: h + attention(norm(h)), then h + experts(norm(h)) or h + mlp(norm(h)).
 
     Under selective checkpointing attention, norms, router logits and experts are recomputed in backward, each on its
@@ -64,10 +68,7 @@ class Block(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, layer: int, runtime: Runtime) -> None:
-        super().__init__()
-        self.run = runner(runtime.selective_checkpointing, runtime.graphs)
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        super().__init__(config, runtime.runner())
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: SwiGLU | None = None
         self.moe: MoELayer | None = None
@@ -80,12 +81,6 @@ class Block(nn.Module):
         """[B, S, H] -> [B, S, H] and the layer's routing if it has experts."""
         return self.feed(self.attend(h, at, extend))
 
-    def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
-        """h + attention(norm(h)), [B, S, H]."""
-        if extend is not None:  # of another length each time
-            return self._attend(h, at, extend)
-        return self.run(self._attend, h, at)
-
     def feed(self, h: Tensor) -> tuple[Tensor, LayerRouting | None]:
         """h + experts(norm(h)) and their routing, or h + mlp(norm(h)) and None."""
         if self.moe is None:
@@ -93,9 +88,6 @@ class Block(nn.Module):
         x, logits_TE = self.run(self._route, h)
         y, routing = self.moe(x, logits_TE)
         return h + y, routing
-
-    def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
-        return h + self.attention(self.attention_norm(h), at, extend)
 
     def _dense(self, h: Tensor) -> Tensor:
         assert self.mlp is not None
@@ -260,8 +252,7 @@ class GPT(nn.Module):
 def _make_block(config: ModelConfig, layer: int, runtime: Runtime) -> Block | ShortcutBlock:
     if config.scmoe.block == "none" or layer in config.mlp_layers:
         return Block(config, layer, runtime)
-    run = runner(runtime.selective_checkpointing, runtime.graphs)
-    return ShortcutBlock(config, _make_moe(config, layer, runtime), run)
+    return ShortcutBlock(config, _make_moe(config, layer, runtime), runtime.runner())
 
 
 def _make_moe(config: ModelConfig, layer: int, runtime: Runtime) -> MoELayer:

@@ -54,6 +54,7 @@ class _Part:
         self._module = list(function.__self__.parameters())  # type: ignore[attr-defined]
         self._lay = [parameter.data_ptr() for parameter in self._module]
         self.inputs = [_fixed(x, addresses) if isinstance(x, Tensor) else x for x in inputs]
+        self._tensors = [x for x in self.inputs if isinstance(x, Tensor)]
         self._chained = [isinstance(x, Tensor) and x.data_ptr() in addresses for x in inputs]
         self._turn = 0
         with _beside():
@@ -75,10 +76,9 @@ class _Part:
         self.outputs = [found[i] for i in self.places]
         self.differentiable = [tensor for tensor in self.outputs if tensor.requires_grad]
         self.output_gradients = [torch.empty_like(tensor) for tensor in self.differentiable]
-        tensors = [x for x in self.inputs if isinstance(x, Tensor)]
-        own = {id(x) for x in tensors}
+        own = {id(x) for x in self._tensors}
         self.parameters = [leaf for leaf in _leaves(self.differentiable) if id(leaf) not in own]
-        self._wanted = [*(x for x in tensors if x.requires_grad), *self.parameters]
+        self._wanted = [*(x for x in self._tensors if x.requires_grad), *self.parameters]
 
     def _differentiate(self) -> tuple[Tensor | None, ...]:
         """Gradients of what has them, from `output_gradients`. The graph stays, so nothing else gets its memory."""
@@ -115,7 +115,7 @@ class _Part:
     @torch.no_grad()
     def forward(self, tensors: Sequence[Tensor]) -> int:
         """Returns what `backward` is told."""
-        _fill([x for x in self.inputs if isinstance(x, Tensor)], tensors)
+        _fill(self._tensors, tensors)
         self._forward()
         self._turn += 1
         return self._turn
@@ -134,9 +134,8 @@ class _Part:
         _fill(self.output_gradients, have)
         self._backward()
         found = iter(self.gradients)
-        for x in self.inputs:
-            if isinstance(x, Tensor):
-                yield next(found) if x.requires_grad else None
+        for x in self._tensors:
+            yield next(found) if x.requires_grad else None
         yield from found  # the same tensors each time: held here too, so autograd copies what it keeps
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from occult_train.kernels.gating.autograd import gated
-from occult_train.models.attention import Attention, Extend, Positions
+from occult_train.models.attention import AttendingBlock, Extend, Positions
 from occult_train.models.config import ModelConfig
 from occult_train.models.norm import RMSNorm
 from occult_train.models.recompute import Run
@@ -42,7 +42,7 @@ class DenseBlock(Protocol):
         """a + MLP(a), and no routing."""
 
 
-class ShortcutBlock(nn.Module):
+class ShortcutBlock(AttendingBlock):
     """The second block of a pair, as the steps that `run_pair` puts in order.
 
     Its experts' way is `route` (as early as the shortcut is known), `moe`, then `join` (after `attend` and `share`).
@@ -50,24 +50,16 @@ class ShortcutBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, moe: MoELayer, run: Run) -> None:
         """moe: without a shared expert of its own; dual for dgmoe."""
-        super().__init__()
-        self.run, self.before, self.combine = run, config.scmoe.before, config.scmoe.combine
+        super().__init__(config, run)
+        self.before, self.combine = config.scmoe.before, config.scmoe.combine
         self.dual = config.scmoe.block == "dgmoe"
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm = RMSNorm(hidden, eps)
-        self.attention = Attention(config)
         self.shortcut_norm = RMSNorm(hidden, eps)
         self.moe = moe
         self.mlp_norm = RMSNorm(hidden, eps)
         self.shared_expert = None if self.dual else SwiGLU(hidden, config.shared_expert_intermediate_size)
         ways = config.scmoe.gate_size
         self.combine_gate = nn.Linear(hidden, ways, bias=False) if ways else None
-
-    def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
-        """h_l -> a_l+1, [B, S, H]."""
-        if extend is not None:  # of another length each time
-            return self._attend(h, at, extend)
-        return self.run(self._attend, h, at)
 
     def route(self, shortcut: Tensor, current: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The inputs of `moe`: normed rows and their logits.
@@ -86,9 +78,6 @@ class ShortcutBlock(nn.Module):
         """h_l+1 from what `share` gave and the experts' output for what `route` gave."""
         h, weight = shared
         return h + (routed if weight is None else weight * routed)
-
-    def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
-        return h + self.attention(self.attention_norm(h), at, extend)
 
     def _route(self, shortcut: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.shortcut_norm(shortcut)

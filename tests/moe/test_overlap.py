@@ -123,14 +123,15 @@ def make_layer(grid: Grid, way: Way | None, dispatcher: str = "dedup", experts: 
 
 
 def tell_order(rank: int, ways: list[Way | None], folder: Path) -> list[tuple[list[str], list[str]]]:
-    """For each way and gap, what happened in forward and in backward; a run of sends or waits is told once."""
+    """For each way and gap, with operators launched slowly and quickly, what happened in forward and in backward; a run
+    of sends or waits is told once."""
     MappedBox.install(folder)
     grid, found = Grid.create(2), []
-    for way, gap in product(ways, range(4)):
+    for way, gap, quick in product(ways, range(4), (False, True)):
         layer, log = make_layer(grid, way), []
         x = torch.randn(3, 8, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         layer.experts.register_forward_pre_hook(lambda *_, log=log: log.append("experts"))
-        schedule = Schedule(str(gap), ("a", "b", "c"))
+        schedule = Schedule(str(gap), ("a", "b", "c"), quick=quick)
         window = [lambda h, log=log, name=name: _Spoken.apply(h, log, name) for name in "abc"]
         with all_to_alls(log):
             h, y = run_window(schedule, layer, layer.choose(x), x, window)
@@ -146,16 +147,18 @@ def once(log: list[str]) -> list[str]:
 
 
 def test_rows_are_sent_early_and_waited_for_late_in_both_directions(tmp_path: Path) -> None:
-    """The fused layer sends behind the first operator, which the device computes while the host waits for counts."""
+    """The fused layer sends behind the first operator, which the device computes while the host waits for counts; and
+    behind all that come before the experts if they are launched quickly."""
     ways = [None, Way("triton", "collective", 0)]
     for found in run_distributed(tell_order, 2, ways, tmp_path):
-        for (way, gap), (forward, backward) in zip(product(ways, range(4)), found, strict=True):
+        cases = product(ways, range(4), (False, True))
+        for (way, gap, quick), (forward, backward) in zip(cases, found, strict=True):
             before, after = list("abc")[:gap], list("abc")[gap:]
-            early = 0 if way is None else min(gap, 1)
+            early = 0 if way is None else gap if quick else min(gap, 1)
             out = [*before[:early], "send", *before[early:]]
             compute = ["wait", "experts", "send"] if way is None else ["experts", "wait", "send"]
-            assert forward == [*out, *compute, *after, "wait"], (way, gap)
-            assert backward == ["send", *after[::-1], "wait", "send", *before[::-1], "wait"], (way, gap)
+            assert forward == [*out, *compute, *after, "wait"], (way, gap, quick)
+            assert backward == ["send", *after[::-1], "wait", "send", *before[::-1], "wait"], (way, gap, quick)
 
 
 # --- that it changes no bit and stops no rank
@@ -190,7 +193,7 @@ def results(rank: int, setting: str, way: Way | None, dispatcher: str, tokens: l
     layer = make_layer(Grid.create(len(tokens)), way, dispatcher)
     x, logits = problem(rank, tokens, aim)
     operators = [linear(number, 0.02 * (number == rank)) for number in range(3)]
-    schedule = Schedule(setting, ("a", "b", "c"), 0 if way is None else way.chunks)
+    schedule = Schedule(setting, ("a", "b", "c"), 0 if way is None else way.chunks, quick=setting in ("2", "auto"))
     guessed, found = layer.fused is not None and layer.fused.transport.one_sided, []
     for turn in range(WARMUP + MEASURED + 1 if setting == "auto" else 3 if guessed else 1):
         if guessed and turn == 2:
