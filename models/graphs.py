@@ -136,7 +136,7 @@ class _Part:
         found = iter(self.gradients)
         for x in self._tensors:
             yield next(found) if x.requires_grad else None
-        yield from found  # the same tensors each time: held here too, so autograd copies what it keeps
+        yield from _copies(list(found))
 
 
 class _Replayed(torch.autograd.Function):
@@ -199,6 +199,20 @@ def _fill(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         if target.data_ptr() != source.data_ptr():
             target.copy_(source)
+
+
+def _copies(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of what the next replay overwrites, by one kernel a type; autograd, which would copy one by one, keeps these."""
+    found: dict[int, Tensor] = {}
+    types: dict[torch.dtype, dict[int, Tensor]] = {}
+    for place, gradient in enumerate(gradients):
+        if gradient is not None:
+            types.setdefault(gradient.dtype, {})[place] = gradient
+    for alike in types.values():
+        together = torch.cat([gradient.reshape(-1) for gradient in alike.values()])
+        parts = together.split([gradient.numel() for gradient in alike.values()])
+        found |= {i: part.view_as(g) for part, (i, g) in zip(parts, alike.items(), strict=True)}
+    return [found.get(place) for place in range(len(gradients))]
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:

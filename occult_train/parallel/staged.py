@@ -10,19 +10,18 @@ In step k every rank sends to the rank k places on and receives from the one k p
 cannot wait in a circle.
 """
 
-import ctypes
 import mmap
 import os
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from occult_train.parallel.grid import Grid
+from occult_train.parallel.queues import Driver, Queues
 
 SLOT_BYTES = 8 * 2**20
 SLOTS = 8
@@ -63,30 +62,6 @@ def bytes_needed(size: int) -> int:
     return size * (size - 1) * (HEADER + SLOTS * SLOT_BYTES)
 
 
-class Driver:
-    """What the GPU's own queues do in order, each call asynchronous: the three calls of the CUDA driver."""
-
-    def __init__(self) -> None:
-        driver = ctypes.CDLL("libcuda.so.1")
-        self._wait, self._write = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
-        for function in (self._wait, self._write):
-            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-        self._copy = driver.cuMemcpyAsync
-        self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-
-    def wait(self, stream: int, address: int, value: int) -> None:
-        """Wait for a counter that is at least the value, cyclic: it may wrap."""
-        _checked(self._wait(stream, address, value % 2**32, 0))
-
-    def write(self, stream: int, address: int, value: int) -> None:
-        """Set a counter, after all that came before in the stream."""
-        _checked(self._write(stream, address, value % 2**32, 0))
-
-    def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
-        """Copy between host and device memory."""
-        _checked(self._copy(target, source, nbytes, stream))
-
-
 @dataclass
 class Rings:
     """The rings of one rank by peer, and the order in which they are used."""
@@ -95,8 +70,7 @@ class Rings:
     size: int
     sends: dict[int, _Ring]
     receives: dict[int, _Ring]
-    driver: Any
-    """A `Driver`."""
+    queues: Queues
 
     def exchange(self, out: int, into: int, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
         """Send and receive, on a stream each: address and bytes for and from each rank."""
@@ -109,17 +83,17 @@ class Rings:
         """Copy memory out through the ring; piece n waits until piece n - SLOTS has been read."""
         for start in range(0, nbytes, SLOT_BYTES):
             number, slot = ring.next()
-            self.driver.wait(stream, ring.read, number - SLOTS)
-            self.driver.copy(stream, slot, address + start, min(SLOT_BYTES, nbytes - start))
-            self.driver.write(stream, ring.written, number)
+            self.queues.wait(stream, ring.read, number - SLOTS)
+            self.queues.copy(stream, slot, address + start, min(SLOT_BYTES, nbytes - start))
+            self.queues.write(stream, ring.written, number)
 
     def _receive(self, stream: int, ring: _Ring, address: int, nbytes: int) -> None:
         """Copy memory in through the ring."""
         for start in range(0, nbytes, SLOT_BYTES):
             number, slot = ring.next()
-            self.driver.wait(stream, ring.written, number)
-            self.driver.copy(stream, address + start, slot, min(SLOT_BYTES, nbytes - start))
-            self.driver.write(stream, ring.read, number)
+            self.queues.wait(stream, ring.written, number)
+            self.queues.copy(stream, address + start, slot, min(SLOT_BYTES, nbytes - start))
+            self.queues.write(stream, ring.read, number)
 
 
 class HostAllToAll:
@@ -127,9 +101,8 @@ class HostAllToAll:
 
     def __init__(self, grid: Grid) -> None:
         rank, size, group = grid.expert_rank, grid.expert_size, grid.expert_group
-        driver = Driver()
         self.out, self.into = torch.cuda.Stream(), torch.cuda.Stream()
-        names: list[Any] = [None] * size
+        queues, names = Driver(), [""] * size
         dist.all_gather_object(names, f"{SHARED_MEMORY}/occult-{os.getpid()}-{id(self)}", group=group)
         peers = [p for p in range(size) if p != rank]
         for peer in peers:
@@ -137,7 +110,7 @@ class HostAllToAll:
         dist.barrier(group)
         sends = {peer: _Ring(_pinned(f"{names[rank]}-{peer}")) for peer in peers}
         receives = {peer: _Ring(_pinned(f"{names[peer]}-{rank}")) for peer in peers}
-        self._rings = Rings(rank, size, sends, receives, driver)
+        self._rings = Rings(rank, size, sends, receives, queues)
         dist.barrier(group)
         for peer in peers:  # the mappings keep the memory; nothing is left behind if the job dies
             Path(f"{names[rank]}-{peer}").unlink()
@@ -157,11 +130,6 @@ class HostAllToAll:
         outs, ins = _spans(source, sends), _spans(target, arrives)
         self._rings.exchange(self.out.cuda_stream, self.into.cuda_stream, outs, ins)
         return Transfer(self.into.record_event())
-
-
-def _checked(status: int) -> None:
-    if status:
-        raise RuntimeError(f"a copy, or an operation on stream memory, failed with CUDA error {status}")
 
 
 def _spans(rows: Tensor, counts: list[int]) -> list[tuple[int, int]]:

@@ -148,6 +148,19 @@ def test_gradients_do_not_lie_where_the_next_ones_will() -> None:
     assert all(torch.equal(grad, values[name]) for name, grad in kept.items())
 
 
+def test_a_part_copies_its_gradients_once() -> None:
+    """Into one storage, which autograd takes as it is."""
+    model = make("a dense layer", Graphs(tape))
+    for seed in range(2):
+        model.zero_grad(set_to_none=True)
+        model(batch(seed)[:, :-1], batch(seed)[:, 1:]).backward()
+    block = model.layers[0]
+    for part in (block.attention, block.mlp):
+        grads = [parameter.grad for parameter in part.parameters()]
+        assert len(grads) >= 3
+        assert len({grad.untyped_storage().data_ptr() for grad in grads if grad is not None}) == 1
+
+
 def test_frozen_parameters_get_no_gradient() -> None:
     plain, replayed = make("scmoe", None), make("scmoe", Graphs(tape))
     for model in (plain, replayed):

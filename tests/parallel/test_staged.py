@@ -1,14 +1,12 @@
 """All-to-all through host memory: its rings in a simulation of the GPUs' queues, and the whole on two GPUs."""
 
-import ctypes
-import random
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.distributed as dist
+from simulation import PICKS as ANY_ORDER
+from simulation import SimulatedQueues, counter
 from torch import Tensor
 
 from occult_train.parallel import staged
@@ -19,67 +17,12 @@ from occult_train.testing import requires_gpus, run_distributed
 SLOT_BYTES, SLOTS = 16, 3
 
 
-@dataclass
-class Queues:
-    """Streams that execute in order, in any order among each other; takes the place of the driver.
-
-    Each stream is (rank, direction). It also watches the slots: none may be written before it was read, nor read before
-    it was written.
-    """
-
-    streams: dict[int, deque[tuple[str, int, int, int]]] = field(default_factory=dict)
-    full: dict[int, bool] = field(default_factory=dict)
-    """Whether what lies in the slot at an address has yet to be read."""
-    most_full: int = 0
-
-    def wait(self, stream: int, address: int, value: int) -> None:
-        self._add(stream, "wait", address, value, 0)
-
-    def write(self, stream: int, address: int, value: int) -> None:
-        self._add(stream, "write", address, value, 0)
-
-    def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
-        self._add(stream, "copy", target, source, nbytes)
-
-    def _add(self, stream: int, *operation: object) -> None:
-        self.streams.setdefault(stream, deque()).append(operation)  # type: ignore[arg-type]
-
-    def run(self, pick: Callable[[list[int]], int]) -> None:
-        """Execute everything; `pick` says which of the streams that can go on does. Fails if none can."""
-        while any(self.streams.values()):
-            ready = [stream for stream, queue in self.streams.items() if queue and self._can_start(queue[0])]
-            assert ready, f"all wait for each other: {[queue[0] for queue in self.streams.values() if queue]}"
-            self._execute(*self.streams[pick(ready)].popleft())
-
-    def _can_start(self, operation: tuple[str, int, int, int]) -> bool:
-        """A counter is reached if it is less than half a turn ahead, as the driver compares."""
-        kind, address, value, _ = operation
-        return kind != "wait" or (counter(address).value - value) % 2**32 < 2**31
-
-    def _execute(self, kind: str, first: int, second: int, nbytes: int) -> None:
-        if kind == "write":
-            counter(first).value = second % 2**32
-        elif kind == "copy":
-            if first in self.full:
-                assert not self.full[first], "a slot is overwritten before it was read"
-                self.full[first] = True
-            if second in self.full:
-                assert self.full[second], "a slot is read before it was written"
-                self.full[second] = False
-            self.most_full = max(self.most_full, sum(self.full.values()))
-            ctypes.memmove(first, second, nbytes)
-
-
-def counter(address: int) -> ctypes.c_uint32:
-    return ctypes.c_uint32.from_address(address)
-
-
 class World:
     """Rings of some ranks over ordinary memory, all driven by the same queues."""
 
     def __init__(self, size: int, pieces: int = 0) -> None:
         """With `pieces`, that many have already gone through each ring."""
-        self.size, self.queues = size, Queues()
+        self.size, self.queues = size, SimulatedQueues()
         self.kept: list[Tensor] = []
         """What queued copies read and write."""
         pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
@@ -147,9 +90,7 @@ TABLES = {
 PICKS: dict[str, Callable[[list[int]], int]] = {
     "senders first": lambda ready: min(ready, key=lambda s: (s % 2, s)),
     "receivers first": lambda ready: min(ready, key=lambda s: (-(s % 2), s)),
-    "first rank first": min,
-    "last rank first": max,
-    **{f"random {seed}": random.Random(seed).choice for seed in range(8)},
+    **ANY_ORDER,
 }
 
 

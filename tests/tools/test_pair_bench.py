@@ -15,7 +15,7 @@ from occult_train.tools.bench.pair_figure import draw
 from occult_train.tools.bench.pair_report import lines, timeline
 from occult_train.tools.bench.pair_systems import PAIR_SYSTEMS, Preset, pair_flops
 from occult_train.tools.bench.shapes import PairTask
-from occult_train.tools.bench.timeline import common, phases, record, split, union
+from occult_train.tools.bench.timeline import common, phases, record, split, union, with_waiting
 
 # --- traces
 
@@ -55,15 +55,33 @@ def test_unions_and_what_they_have_in_common() -> None:
 
 def test_phases_lie_between_marks_and_take_turns() -> None:
     def mark(at: float) -> Kernel:
-        return Kernel("at::cuda::spin_kernel(long)", at, at + 10)
+        return Kernel("at::cuda::spin_kernel(long)", at, at + 200)
 
-    kernels = [mark(0), mark(100), mark(200), mark(300), mark(400)]
-    kernels += [Kernel(f"k{at}", at, at + 5) for at in (20, 50, 110, 230, 320)]
+    kernels = [mark(0), mark(1000), mark(2000), mark(3000), mark(4000)]
+    kernels += [Kernel(f"k{at}", at, at + 5) for at in (220, 500, 1210, 2230, 3220)]
     found = phases(kernels, ["forward", "backward"])
     names = {phase: [[k.name for k in run] for run in runs] for phase, runs in found.items()}
-    assert names == {"forward": [["k20", "k50"], ["k230"]], "backward": [["k110"], ["k320"]]}
+    assert names == {"forward": [["k220", "k500"], ["k2230"]], "backward": [["k1210"], ["k3220"]]}
     with pytest.raises(RuntimeError, match="4 marks"):
         phases(kernels[1:], ["forward", "backward"])
+
+
+def test_waiting_for_peers_is_communication_until_the_mark_that_ends_it() -> None:
+    """It began behind the last write into their memory, or with the mark if that overlaps the write."""
+    kernels = [
+        Kernel("nvjet", 0, 4000),
+        Kernel("_pack_kernel", 1000, 2000),
+        Kernel("spin_kernel(long)", 5000, 5002),
+        Kernel("_share_kernel", 6000, 6500),
+        Kernel("spin_kernel(long)", 6400, 6402),
+    ]
+    found = with_waiting(kernels)
+    assert [(k.name, k.start, k.end) for k in found if k.name == "barrier"] == [
+        ("barrier", 2000, 5002),
+        ("barrier", 6400, 6402),
+    ]
+    parts = split(found, one_sided=True)
+    assert (parts.communication, parts.exposed) == (pytest.approx(4.502), pytest.approx(1.502))
 
 
 @pytest.mark.gpu

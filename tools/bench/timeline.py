@@ -1,7 +1,7 @@
 """How much of the communication in a GPU's trace is hidden behind computing.
 
-Communication is NCCL's kernels, copies between device and host, barriers and writes into other GPUs' memory; computing
-is every other kernel and copy. What of the one runs while some of the other does is hidden.
+Communication is NCCL's kernels, copies between device and host, writes into other GPUs' memory and waiting at barriers
+for theirs; computing is every other kernel and copy. What of the one runs while some of the other does is hidden.
 """
 
 import re
@@ -14,14 +14,17 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from occult_train.moe.transport import SymmetricBox
 from occult_train.tools.bench.breakdown import COMMUNICATION, Kernel
 
 ONE_SIDED = re.compile(r"^_(pack|merge|share)_kernel")
 """Kernels of ours that write into other GPUs' memory, where the symmetric transport is used."""
 MARK = re.compile(r"spin_kernel")
-"""What `torch.cuda._sleep` runs."""
+"""What `torch.cuda._sleep` runs: long between phases, short where a barrier was passed (`SymmetricBox.visible`)."""
 MARK_CYCLES = 4_000_000
 """About two milliseconds, in which the host runs ahead as it does in training."""
+SHORT = 100.0
+"""Microseconds."""
 SAME_EXCHANGE = 100.0
 """Microseconds between two communications that belong together: copies of one exchange, which waits for its peer."""
 
@@ -92,13 +95,26 @@ def mean(splits: Sequence[Split]) -> Split:
     return Split(*(sum(getattr(s, f) for s in splits) / len(splits) for f in Split.__dataclass_fields__))
 
 
+def with_waiting(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """In order; a short mark becomes the waiting that it ends, which began after the last write for other GPUs."""
+    found: list[Kernel] = []
+    written = float("-inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if ONE_SIDED.search(kernel.name):
+            written = kernel.end
+        if MARK.search(kernel.name) and kernel.end - kernel.start < SHORT:
+            kernel = Kernel("barrier", min(written, kernel.start), kernel.end)
+        found.append(kernel)
+    return sorted(found, key=lambda kernel: kernel.start)
+
+
 def phases(kernels: Sequence[Kernel], names: Sequence[str]) -> dict[str, list[list[Kernel]]]:
     """What ran between marks, which stand before each phase and at the end; the phases take turns.
 
     Raises:
         RuntimeError: the marks are not that many.
     """
-    ordered = sorted(kernels, key=lambda kernel: kernel.start)
+    ordered = with_waiting(kernels)
     marks = [kernel for kernel in ordered if MARK.search(kernel.name)]
     if len(marks) < 2 or (len(marks) - 1) % len(names):
         raise RuntimeError(f"the trace has {len(marks)} marks for the phases {', '.join(names)} in turn")
@@ -115,6 +131,7 @@ def record(steps: dict[str, Callable[[], Any]], repetitions: int = 4) -> dict[st
     Ranks begin together, and one more repetition comes before those that count: profilers take their time to start,
     and who was first would seem to communicate for as long as the last one took.
     """
+    SymmetricBox.visible = True
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         if dist.is_initialized():
             dist.barrier()
@@ -125,6 +142,7 @@ def record(steps: dict[str, Callable[[], Any]], repetitions: int = 4) -> dict[st
                 step()
         torch.cuda._sleep(MARK_CYCLES)
         torch.cuda.synchronize()
+    SymmetricBox.visible = False
     events: Any = recorded.events()
     gpu = torch.autograd.DeviceType.CUDA
     kernels = [
