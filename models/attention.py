@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from occult_train.kernels.rotary.autograd import rotate
 from occult_train.models.config import ModelConfig
-from occult_train.models.norm import RMSNorm
+from occult_train.models.norm import BranchNorm, RMSNorm
 from occult_train.models.recompute import Run
 
 
@@ -106,7 +106,7 @@ class AttendingBlock(nn.Module):
     def __init__(self, config: ModelConfig, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = BranchNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
 
     def attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
@@ -116,4 +116,5 @@ class AttendingBlock(nn.Module):
         return self.run(self._attend, h, at)
 
     def _attend(self, h: Tensor, at: Positions, extend: Extend | None = None) -> Tensor:
-        return h + self.attention(self.attention_norm(h), at, extend)
+        h, x = self.attention_norm(h)
+        return h + self.attention(x, at, extend)

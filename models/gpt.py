@@ -16,7 +16,7 @@ from occult_train.models.attention import AttendingBlock, Extend, Positions, pos
 from occult_train.models.cache import KVCache
 from occult_train.models.config import ModelConfig
 from occult_train.models.graphs import Graphs
-from occult_train.models.norm import RMSNorm
+from occult_train.models.norm import BranchNorm, RMSNorm
 from occult_train.models.recompute import Run, runner
 from occult_train.models.scmoe import ShortcutBlock, run_pair
 from occult_train.moe.fused import Way
@@ -69,7 +69,7 @@ class Block(AttendingBlock):
 
     def __init__(self, config: ModelConfig, layer: int, runtime: Runtime) -> None:
         super().__init__(config, runtime.runner())
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = BranchNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: SwiGLU | None = None
         self.moe: MoELayer | None = None
         if layer in config.mlp_layers:
@@ -85,18 +85,19 @@ class Block(AttendingBlock):
         """h + experts(norm(h)) and their routing, or h + mlp(norm(h)) and None."""
         if self.moe is None:
             return self.run(self._dense, h), None
-        x, logits_TE = self.run(self._route, h)
+        h, x, logits_TE = self.run(self._route, h)
         y, routing = self.moe(x, logits_TE)
         return h + y, routing
 
     def _dense(self, h: Tensor) -> Tensor:
         assert self.mlp is not None
-        return h + self.mlp(self.mlp_norm(h))
+        h, x = self.mlp_norm(h)
+        return h + self.mlp(x)
 
-    def _route(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert self.moe is not None
-        x = self.mlp_norm(h)
-        return x, self.moe.router(x.flatten(0, 1))
+        h, x = self.mlp_norm(h)
+        return h, x, self.moe.router(x.flatten(0, 1))
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from occult_train.kernels.norm.autograd import branch
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 and cast back before the weight."""
+    """x / rms(x) * weight over the last dimension, in fp32 and cast back before the weight; on a GPU, after it."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -15,8 +16,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        if x.is_cuda:  # one pass; rounds once, after the weight
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.norm(x)[1]
+
+    def norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x and its norm."""
+        if x.is_cuda:
+            return branch(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return x, self.weight * wide.to(x.dtype)
+
+
+class BranchNorm(RMSNorm):
+    """What a residual branch begins with, as in `h, x = norm(h); return h + f(x)`: both gradients of h are then added
+    where the norm's is computed."""
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """h [..., size] itself, and its norm."""
+        return self.norm(h)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from occult_train.kernels.gating.autograd import gated
 from occult_train.models.attention import AttendingBlock, Extend, Positions
 from occult_train.models.config import ModelConfig
-from occult_train.models.norm import RMSNorm
+from occult_train.models.norm import BranchNorm, RMSNorm
 from occult_train.models.recompute import Run
 from occult_train.moe.layer import MoELayer, SwiGLU
 from occult_train.moe.losses import LayerRouting
@@ -56,7 +56,7 @@ class ShortcutBlock(AttendingBlock):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.shortcut_norm = RMSNorm(hidden, eps)
         self.moe = moe
-        self.mlp_norm = RMSNorm(hidden, eps)
+        self.mlp_norm = BranchNorm(hidden, eps)
         self.shared_expert = None if self.dual else SwiGLU(hidden, config.shared_expert_intermediate_size)
         ways = config.scmoe.gate_size
         self.combine_gate = nn.Linear(hidden, ways, bias=False) if ways else None
@@ -82,12 +82,12 @@ class ShortcutBlock(AttendingBlock):
     def _route(self, shortcut: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.shortcut_norm(shortcut)
         if current is not None:
-            x = torch.cat((x, self.mlp_norm(current)))
+            x = torch.cat((x, self.mlp_norm(current)[1]))
         return x, self.moe.router(x.flatten(0, 1))
 
     def _share(self, a: Tensor) -> Shared:
         assert self.shared_expert is not None
-        x = self.mlp_norm(a)
+        a, x = self.mlp_norm(a)
         shared = self.shared_expert(x)
         if self.combine_gate is None:
             return a + shared, None

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from occult_train.kernels.gating import kernel as gating
 from occult_train.kernels.movers import kernel as movers
+from occult_train.kernels.norm import kernel as norm
 from occult_train.kernels.positions import kernel as positions
 from occult_train.kernels.rotary import kernel as rotary
 from occult_train.kernels.routing import kernel as routing
@@ -22,10 +23,10 @@ from occult_train.kernels.swiglu import kernel as swiglu
 
 TYPES = {
     **dict.fromkeys(("x", "out", "own_rows", "y", "y2", "returned", "gate", "up", "grad", "both", "weighted"), "*bf16"),
-    **dict.fromkeys(("d_gate", "d_up", "d_x"), "*bf16"),
+    **dict.fromkeys(("d_gate", "d_up", "d_x", "beside"), "*bf16"),
     **dict.fromkeys(("weight", "own_weight", "weight_X", "scalar", "scalars", "cos", "sin", "similarity"), "*fp32"),
     **dict.fromkeys(("logits", "bias", "weights", "sums", "mean", "z", "d_weights", "d_mean", "d_z"), "*fp32"),
-    **dict.fromkeys(("logit", "d_logit"), "*fp32"),
+    **dict.fromkeys(("logit", "d_logit", "scale", "d_weight"), "*fp32"),
     **dict.fromkeys(("slots", "address", "experts", "loads", "weighed"), "*i64"),
     **dict.fromkeys(("position", "own", "send", "sends", "shift", "arrive", "words", "out_words"), "*i32"),
     **dict.fromkeys(("blocks", "counts", "base", "ends", "relative", "put", "back", "numbers"), "*i32"),
@@ -72,6 +73,7 @@ NO_OWN = ("own", "own_rows", "own_weight", "weight_X")
 BARE = NO_EXTRAS + NO_OWN
 HERE = {"PEERS": False, "EXTRAS": False}
 THERE = {"PEERS": True, "EXTRAS": True}
+NORM = {"BN": 2, "BH": 1024}
 SUM = {"KP": 8, **ROW}
 ROUTE = {"E": 64, "K": 8, "EP": 64, "KP": 8, "B": 32}
 MANY = {"E": 256, "K": 8, "EP": 256, "KP": 8, "B": 8}
@@ -160,6 +162,9 @@ VARIANTS = [
     Variant("swiglu, gradients", swiglu._gradients_kernel, {"BF": 1024}, warps=2, wide=True),
     Variant("gating", gating._forward_kernel, {"BH": 1024}, warps=2, wide=True),
     Variant("gating, backward", gating._backward_kernel, {"BH": 1024}, warps=2, wide=True),
+    Variant("norm", norm._forward_kernel, NORM | {"EPS": 1e-5}, wide=True),
+    Variant("norm, backward", norm._backward_kernel, NORM, wide=True),
+    Variant("norm, backward, long", norm._backward_kernel, {"BN": 1, "BH": 4096}, ("beside",), warps=8, wide=True),
     Variant("route", routing._forward_kernel, ROUTE | PLAIN | {"NORMALISE": True}, UNPRUNED),
     Variant("route, many experts", routing._forward_kernel, MANY | PLAIN | {"NORMALISE": False}, UNPRUNED),
     Variant("route, pruned", routing._forward_kernel, ROUTE | BY_SCORE, UNPRUNED[1:]),
