@@ -47,7 +47,7 @@ def test_the_simulation_sees_one_who_does_not_come() -> None:
 def rank_writes(rank: int, rounds: int) -> list[bool]:
     """Whether after each barrier all that the other wrote before it was there: into one of two places that take turns,
     late in even rounds if it is rank 0, in odd ones if it is rank 1."""
-    box, count, found = SymmetricBox.of(Grid.create(2), "test"), 2**19, []
+    box, count, found = SymmetricBox.of(Grid.create(2), "test"), 1000, []
     box.reserve(4 * 2 * 2 * count, agreed=True)
     with torch.cuda.stream(torch.cuda.Stream()):
         for number in range(rounds):
