@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WARMUP = 2
 """Calls before the one that is captured: kernels are compiled and tuned in them."""
@@ -51,24 +51,30 @@ class _Part:
         self, function: Callable[..., Any], inputs: Sequence[Any], capture: Capture, addresses: set[int]
     ) -> None:
         """addresses: of other parts' results; an input that lies there is read there, others are copied."""
-        self._module = list(function.__self__.parameters())  # type: ignore[attr-defined]
+        module: nn.Module = function.__self__  # type: ignore[attr-defined]
+        self._module = list(module.parameters())
         self._lay = [parameter.data_ptr() for parameter in self._module]
         self.inputs = [_fixed(x, addresses) if isinstance(x, Tensor) else x for x in inputs]
         self._tensors = [x for x in self.inputs if isinstance(x, Tensor)]
         self._chained = [isinstance(x, Tensor) and x.data_ptr() in addresses for x in inputs]
         self._turn = 0
-        with _beside():
-            for _ in range(WARMUP):
-                self._describe(function(*self.inputs))
-                if self.differentiable:
-                    self._differentiate()
-        self._forward, result = capture(lambda: function(*self.inputs))
-        self._describe(result)
-        if self.differentiable:
-            self._backward, self.gradients = capture(self._differentiate)
+        with _aliases(module) as own:
+            with _beside():
+                for _ in range(WARMUP):
+                    self._describe(function(*self.inputs), own)
+                    if self.differentiable:
+                        self._differentiate()
+            self._forward, result = capture(lambda: function(*self.inputs))
+            self._describe(result, own)
+            if self.differentiable:
+                self._backward, self.gradients = capture(self._differentiate)
 
-    def _describe(self, result: Any) -> None:
-        """What the function returned, and what has gradients by it."""
+    def _describe(self, result: Any, aliases: dict[int, Tensor]) -> None:
+        """What the function returned, and what has gradients by it.
+
+        Args:
+            aliases: parameters by the ids of what was computed with in place of them.
+        """
         self.single = isinstance(result, Tensor)
         found = (result,) if self.single else result
         self.places = [i for i, tensor in enumerate(found) if tensor is not None]
@@ -76,9 +82,9 @@ class _Part:
         self.outputs = [found[i] for i in self.places]
         self.differentiable = [tensor for tensor in self.outputs if tensor.requires_grad]
         self.output_gradients = [torch.empty_like(tensor) for tensor in self.differentiable]
-        own = {id(x) for x in self._tensors}
-        self.parameters = [leaf for leaf in _leaves(self.differentiable) if id(leaf) not in own]
-        self._wanted = [*(x for x in self._tensors if x.requires_grad), *self.parameters]
+        leaves = [leaf for leaf in _leaves(self.differentiable) if id(leaf) in aliases]
+        self.parameters = [aliases[id(leaf)] for leaf in leaves]
+        self._wanted = [*(x for x in self._tensors if x.requires_grad), *leaves]
 
     def _differentiate(self) -> tuple[Tensor | None, ...]:
         """Gradients of what has them, from `output_gradients`. The graph stays, so nothing else gets its memory."""
@@ -167,6 +173,25 @@ class _Pool:
         with torch.cuda.graph(graph, pool=self.handle, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
+
+
+@contextmanager
+def _aliases(module: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Other parameters in the same memory, in place of the module's; gives those by the ids of these.
+
+    Whoever holds a parameter's node of the graph, as DeepSpeed does for its hooks, keeps it on the stream on which it
+    was made, and a capture on another stream that comes to it is broken.
+    """
+    owners = [(part, name, own) for part in module.modules() for name, own in part._parameters.items()]
+    given = [(part, name, own) for part, name, own in owners if own is not None]
+    aliases = {own: nn.Parameter(own.detach(), own.requires_grad) for _, _, own in given}
+    try:
+        for part, name, own in given:
+            part._parameters[name] = aliases[own]
+        yield {id(alias): own for own, alias in aliases.items()}
+    finally:
+        for part, name, own in given:
+            part._parameters[name] = own
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class ShortcutBlock(AttendingBlock):
             return a + shared, None
         gate = self.combine_gate(x)
         if self.combine == "cg1":
-            return a + gated(shared, gate), None
+            return gated(shared, gate, a), None
         share = gate.softmax(dim=-1)
         return a + share[..., :1] * shared, share[..., 1:]
 

@@ -13,13 +13,15 @@ MOST_COLUMNS = 2048
 
 @quick
 @triton.jit
-def _forward_kernel(x, logit, out, H, BH: tl.constexpr):
+def _forward_kernel(x, logit, beside, out, H, BH: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     gate = tl.sigmoid(tl.load(logit + n).to(tl.float32))
     for first in range(0, H, BH):
         h = first + tl.arange(0, BH)
-        row = tl.load(x + n * H + h, mask=h < H, other=0).to(tl.float32)
-        tl.store(out + n * H + h, (gate * row).to(out.dtype.element_ty), mask=h < H)
+        row = gate * tl.load(x + n * H + h, mask=h < H, other=0).to(tl.float32)
+        if beside is not None:
+            row += tl.load(beside + n * H + h, mask=h < H, other=0).to(tl.float32)
+        tl.store(out + n * H + h, row.to(out.dtype.element_ty), mask=h < H)
 
 
 @quick
@@ -38,13 +40,15 @@ def _backward_kernel(x, logit, grad, d_x, d_logit, H, BH: tl.constexpr):
     tl.store(d_logit + n, (gate * tl.sigmoid(-value) * tl.sum(total, 0)).to(d_logit.dtype.element_ty))
 
 
-def forward(x_NH: Tensor, logit_N: Tensor) -> Tensor:
+def forward(x_NH: Tensor, logit_N: Tensor, beside_NH: Tensor | None = None) -> Tensor:
     """As the reference's; contiguous inputs."""
-    _check(x_NH, logit_N)
+    _check(x_NH, logit_N, *(() if beside_NH is None else (beside_NH,)))
     out = torch.empty_like(x_NH)
     if out.numel():
         block = _columns(x_NH)
-        _forward_kernel[(len(x_NH),)](x_NH, logit_N, out, x_NH.shape[1], BH=block, num_warps=max(1, block // 512))
+        _forward_kernel[(len(x_NH),)](
+            x_NH, logit_N, beside_NH, out, x_NH.shape[1], BH=block, num_warps=max(1, block // 512)
+        )
     return out
 
 

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 
-def forward(x_NH: Tensor, logit_N: Tensor) -> Tensor:
-    """sigmoid(logit) * x, computed in fp32, in the type of x."""
+def forward(x_NH: Tensor, logit_N: Tensor, beside_NH: Tensor | None = None) -> Tensor:
+    """sigmoid(logit) * x, plus what is given beside it; computed in fp32, in the type of x."""
     wide = torch.promote_types(x_NH.dtype, torch.float32)
-    return (logit_N.to(wide).sigmoid()[:, None] * x_NH.to(wide)).to(x_NH.dtype)
+    product = logit_N.to(wide).sigmoid()[:, None] * x_NH.to(wide)
+    return (product if beside_NH is None else product + beside_NH.to(wide)).to(x_NH.dtype)
 
 
 def backward(x_NH: Tensor, logit_N: Tensor, grad_NH: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ MOST_COLUMNS = 16384
 """Of a row, which has to fit into registers."""
 PROGRAMS = 8
 """For each multiprocessor, in backward."""
+STAGES = 2
+"""Tiles whose rows are loaded at once by a program, in backward."""
 
 
 @quick
@@ -37,12 +39,13 @@ def _forward_kernel(x, weight, out, scale, N, H, EPS: tl.constexpr, BN: tl.const
 @quick
 @triton.jit
 def _backward_kernel(
-    x, weight, scale, grad, beside, d_x, d_weight, N, H, TILES, PROGRAMS, BN: tl.constexpr, BH: tl.constexpr
-):
+    x, weight, scale, grad, beside, d_x, d_weight, N, H, TILES, PROGRAMS,
+    BN: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     h = tl.arange(0, BH)
     w = tl.load(weight + h, mask=h < H, other=0).to(tl.float32)
     total = tl.zeros([BN, BH], tl.float32)
-    for tile in range(tl.program_id(0), TILES, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), TILES, PROGRAMS, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN).to(tl.int64)
         known = (n < N)[:, None] & (h < H)[None, :]
         at = n[:, None] * H + h[None, :]
@@ -87,7 +90,7 @@ def backward(
     d_weight = torch.empty(programs, width, dtype=torch.float32, device=x_NH.device)
     _backward_kernel[(programs,)](
         x_NH, weight_H, scale_N, grad_NH, beside_NH, d_x, d_weight, rows, width, tiles, programs,
-        BN=bn, BH=bh, num_warps=_warps(bn * bh),
+        BN=bn, BH=bh, STAGES=STAGES, num_warps=_warps(bn * bh),
     )  # fmt: skip
     return d_x, d_weight.sum(0).to(weight_H.dtype)
 

@@ -134,6 +134,9 @@ class Fetched:
     """Of each."""
     places: list[int]
     event: Any
+    entry_X: Tensor
+    index: RowIndex
+    """As kernels/reindex `expert_rows` gives them."""
 
 
 class HostExperts:
@@ -152,19 +155,20 @@ class HostExperts:
         fetched, self.fetched = self.fetched or self._fetch(slots_TK), None
         if fetched.event is not None:
             torch.cuda.current_stream(rows_TH.device).wait_event(fetched.event)
-        flat = slots_TK.reshape(-1)
-        entry_X = flat.argsort(stable=True)
-        row_TK = torch.empty_like(entry_X).scatter_(0, entry_X, torch.arange(len(entry_X), device=flat.device))
-        index = RowIndex(entry_X // slots_TK.shape[1], row_TK.view_as(slots_TK))
         matrices = [self.places.matrices(place) for place in fetched.places]
-        return apply_grouped(rows_TH, weights_TK, index, entry_X, fetched.tokens, matrices)
+        return apply_grouped(rows_TH, weights_TK, fetched.index, fetched.entry_X, fetched.tokens, matrices)
 
     def _fetch(self, slots_TK: Tensor) -> Fetched:
-        flat = slots_TK.reshape(-1)
-        counts_E = flat.new_zeros(len(self.store.w1)).scatter_add_(0, flat, torch.ones_like(flat)).tolist()
-        used = {slot: count for slot, count in enumerate(counts_E) if count}
+        flat = slots_TK.reshape(-1).cpu()
+        # the host must know the experts; so it sorts their rows too, which takes it less than to launch that
+        entry_X = flat.argsort(stable=True)
+        row_X = torch.empty_like(entry_X).scatter_(0, entry_X, torch.arange(len(entry_X)))
+        maps = torch.stack((entry_X, entry_X // slots_TK.shape[1], row_X))
+        maps = maps.to(slots_TK.device, non_blocking=True)  # in front of the experts, not behind them
+        used = {slot: count for slot, count in enumerate(flat.bincount().tolist()) if count}
         places, event = self.places.bring(self.layer, list(used), self.store)
-        return Fetched(list(used.values()), places, event)
+        index = RowIndex(maps[1], maps[2].view_as(slots_TK))
+        return Fetched(list(used.values()), places, event, maps[0], index)
 
 
 def usual_budget(layers: "Mapping[int, MoELayer]") -> int:

@@ -22,18 +22,23 @@ def inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> t
     return x, logit, grad
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows,width", SHAPES)
-def test_both_ways(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_both_ways(rows: int, width: int, dtype: torch.dtype, added: bool, device: torch.device) -> None:
     x, logit, grad = inputs(rows, width, dtype, device)
+    beside = normal(rows, width, device=device, dtype=dtype, seed=3).requires_grad_() if added else None
     a, w, g = exact(x, logit, grad)
-    expected = w.requires_grad_().sigmoid()[:, None] * a.requires_grad_()
+    b = 0 if beside is None else beside.detach().cpu().double()
+    expected = w.requires_grad_().sigmoid()[:, None] * a.requires_grad_() + b
     expected.backward(g)
-    plain = reference.forward(*exact(x, logit)), *reference.backward(*exact(x, logit, grad))
+    rest = () if beside is None else exact(beside.detach())
+    plain = reference.forward(*exact(x, logit), *rest), *reference.backward(*exact(x, logit, grad))
     x.requires_grad_()
     logit.requires_grad_()
-    y = autograd._Gated.apply(x, logit)
+    y = autograd._Gated.apply(x, logit, beside)
     y.backward(grad.t().contiguous().t())
+    assert beside is None or (beside.grad is not None and torch.equal(beside.grad, grad))
     for got, want, other in zip((y, x.grad, logit.grad), (expected, a.grad, w.grad), plain, strict=True):
         assert got is not None
         assert want is not None
@@ -47,6 +52,7 @@ def test_differentiable_wherever_it_runs(device: torch.device) -> None:
     x, logit = normal(3, 2, 40, device=device).transpose(0, 1).requires_grad_(), normal(2, 3, 1, device=device, seed=1)
     a, w = exact(x.detach(), logit)
     y, expected = autograd.gated(x, logit.requires_grad_()), w.requires_grad_().sigmoid() * a.requires_grad_()
+    check_close(autograd.gated(x, logit, 2 * x).detach(), (expected + 2 * a).detach())
     y.square().sum().backward()
     expected.square().sum().backward()
     for got, want in ((y, expected), (x.grad, a.grad), (logit.grad, w.grad)):

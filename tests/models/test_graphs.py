@@ -203,6 +203,33 @@ def test_without_a_gpu_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -
         runtime(load(["train.cuda_graphs=true"]), Grid())
 
 
+def test_a_capture_does_not_come_to_the_nodes_of_parameters() -> None:
+    """DeepSpeed holds them for its hooks, on the stream on which it made them."""
+    model = make("scmoe", None)
+    parameters = dict(model.named_parameters())
+
+    def checked(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        inside = dict(model.named_parameters())
+        part = {name for name in parameters if inside[name] is not parameters[name]}
+        assert part, "a part computes with parameters of its own"
+        assert all(inside[name].data_ptr() == parameters[name].data_ptr() for name in parameters)
+        return tape(function)
+
+    graphs = Graphs(checked)
+    for block in model.layers:
+        block.run = graphs.run
+    plain = make("scmoe", None)
+    for step in range(2):
+        assert_close(train(model, [batch(step)]), train(plain, [batch(step)]), rtol=1e-12, atol=0)
+    assert all(found is parameters[name] for name, found in model.named_parameters())
+
+
+def hold_nodes(model: GPT) -> list[Any]:
+    """Parameters' nodes of the graph, kept alive as DeepSpeed does."""
+    functions: list[Any] = [parameter.expand_as(parameter).grad_fn for parameter in model.parameters()]
+    return [function.next_functions[0][0] for function in functions]
+
+
 @pytest.mark.gpu
 @requires_gpu
 @pytest.mark.parametrize("shape", SHAPES)
@@ -213,4 +240,6 @@ def test_on_a_gpu_training_is_the_same(shape: str, way: Way | None) -> None:
         with torch.device("cuda"):
             models.append(GPT(config(shape), Runtime(graphs=graphs, way=way)))
         init_weights(models[-1], 5)
+    held = [hold_nodes(model) for model in models]
     check_training(*models, "cuda", rtol=1e-4, atol=1e-6)
+    assert all(held)
