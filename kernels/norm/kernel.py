@@ -16,9 +16,9 @@ TILE = 2048
 """Values of a tile: rows of less are taken several at a time."""
 MOST_COLUMNS = 16384
 """Of a row, which has to fit into registers."""
-PROGRAMS = 8
+PROGRAMS = 2
 """For each multiprocessor, in backward."""
-STAGES = 2
+STAGES = 3
 """Tiles whose rows are loaded at once by a program, in backward."""
 
 
