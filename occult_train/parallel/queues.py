@@ -1,6 +1,6 @@
 """What the queues (streams) of a GPU do by themselves: copies, flags that they set and wait for, and barriers of these.
 
-Nothing of it occupies a multiprocessor. A kernel that waits does, and large matrix products beside it then lose a wave.
+Nothing of it occupies a multiprocessor, as a kernel that waits does.
 """
 
 import ctypes

@@ -2,12 +2,14 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from occult_train.moe.transport import SymmetricBox
 
 COMMUNICATION = re.compile(r"nccl|barrier|symm|memcpy (htod|dtoh)", re.IGNORECASE)
 MATMUL = re.compile(
@@ -15,6 +17,13 @@ MATMUL = re.compile(
     r"|^rows_kernel|^outer_kernel|^swiglu_kernel|^merge_kernel",
     re.IGNORECASE,
 )
+
+ONE_SIDED = re.compile(r"^_(pack|merge|share)_kernel")
+"""Kernels of ours that write into other GPUs' memory, where the symmetric transport is used."""
+MARK = re.compile(r"spin_kernel")
+"""What `torch.cuda._sleep` runs: long between phases, short where a barrier was passed (`SymmetricBox.visible`)."""
+SHORT = 100.0
+"""Microseconds."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +87,41 @@ def break_down(kernels: list[Kernel], repetitions: int, top: int = 12) -> Breakd
     )
 
 
-def profile_kernels(run: Callable[[int], Any], repetitions: int = 5) -> Breakdown:
-    """Profile `run(i)`, back to back and warm, on a GPU. Collective if `run` is."""
+def with_waiting(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """In order; a short mark becomes the waiting that it ends, from the last write for other GPUs on if there was one
+    since the mark before it."""
+    found: list[Kernel] = []
+    written = float("inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if ONE_SIDED.search(kernel.name):
+            written = kernel.end
+        if MARK.search(kernel.name) and kernel.end - kernel.start < SHORT:
+            kernel, written = Kernel("barrier", min(written, kernel.start), kernel.end), float("inf")
+        found.append(kernel)
+    return sorted(found, key=lambda kernel: kernel.start)
+
+
+def record_kernels(run: Callable[[], Any]) -> list[Kernel]:
+    """What `run` does on the GPU, in order, and where it waited at barriers. Collective if `run` is."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for i in range(repetitions):
-            run(i)
-        torch.cuda.synchronize()
+    SymmetricBox.visible = True
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            run()
+            torch.cuda.synchronize()
+    finally:
+        SymmetricBox.visible = False
     events: Any = recorded.events()
     gpu = torch.autograd.DeviceType.CUDA
-    kernels = [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == gpu and not getattr(event, "is_user_annotation", False)
-    ]
-    return break_down(kernels, repetitions)
+    return with_waiting(
+        [
+            Kernel(event.name, event.time_range.start, event.time_range.end)
+            for event in events
+            if event.device_type == gpu and not getattr(event, "is_user_annotation", False)
+        ]
+    )
+
+
+def profile_kernels(run: Callable[[int], Any], repetitions: int = 5) -> Breakdown:
+    """Profile `run(i)`, back to back and warm, on a GPU. Collective if `run` is."""
+    return break_down(record_kernels(lambda: [run(i) for i in range(repetitions)]), repetitions)

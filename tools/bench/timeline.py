@@ -4,7 +4,6 @@ Communication is NCCL's kernels, copies between device and host, writes into oth
 for theirs; computing is every other kernel and copy. What of the one runs while some of the other does is hidden.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,19 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
-from occult_train.moe.transport import SymmetricBox
-from occult_train.tools.bench.breakdown import COMMUNICATION, Kernel
+from occult_train.tools.bench.breakdown import COMMUNICATION, MARK, ONE_SIDED, Kernel, record_kernels
 
-ONE_SIDED = re.compile(r"^_(pack|merge|share)_kernel")
-"""Kernels of ours that write into other GPUs' memory, where the symmetric transport is used."""
-MARK = re.compile(r"spin_kernel")
-"""What `torch.cuda._sleep` runs: long between phases, short where a barrier was passed (`SymmetricBox.visible`)."""
 MARK_CYCLES = 4_000_000
 """About two milliseconds, in which the host runs ahead as it does in training."""
-SHORT = 100.0
-"""Microseconds."""
 SAME_EXCHANGE = 100.0
 """Microseconds between two communications that belong together: copies of one exchange, which waits for its peer."""
 
@@ -95,26 +86,13 @@ def mean(splits: Sequence[Split]) -> Split:
     return Split(*(sum(getattr(s, f) for s in splits) / len(splits) for f in Split.__dataclass_fields__))
 
 
-def with_waiting(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """In order; a short mark becomes the waiting that it ends, which began after the last write for other GPUs."""
-    found: list[Kernel] = []
-    written = float("-inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        if ONE_SIDED.search(kernel.name):
-            written = kernel.end
-        if MARK.search(kernel.name) and kernel.end - kernel.start < SHORT:
-            kernel = Kernel("barrier", min(written, kernel.start), kernel.end)
-        found.append(kernel)
-    return sorted(found, key=lambda kernel: kernel.start)
-
-
 def phases(kernels: Sequence[Kernel], names: Sequence[str]) -> dict[str, list[list[Kernel]]]:
     """What ran between marks, which stand before each phase and at the end; the phases take turns.
 
     Raises:
         RuntimeError: the marks are not that many.
     """
-    ordered = with_waiting(kernels)
+    ordered = sorted(kernels, key=lambda kernel: kernel.start)
     marks = [kernel for kernel in ordered if MARK.search(kernel.name)]
     if len(marks) < 2 or (len(marks) - 1) % len(names):
         raise RuntimeError(f"the trace has {len(marks)} marks for the phases {', '.join(names)} in turn")
@@ -131,8 +109,8 @@ def record(steps: dict[str, Callable[[], Any]], repetitions: int = 4) -> dict[st
     Ranks begin together, and one more repetition comes before those that count: profilers take their time to start,
     and who was first would seem to communicate for as long as the last one took.
     """
-    SymmetricBox.visible = True
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+
+    def run() -> None:
         if dist.is_initialized():
             dist.barrier()
         torch.cuda.synchronize()
@@ -141,13 +119,5 @@ def record(steps: dict[str, Callable[[], Any]], repetitions: int = 4) -> dict[st
                 torch.cuda._sleep(MARK_CYCLES)
                 step()
         torch.cuda._sleep(MARK_CYCLES)
-        torch.cuda.synchronize()
-    SymmetricBox.visible = False
-    events: Any = recorded.events()
-    gpu = torch.autograd.DeviceType.CUDA
-    kernels = [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == gpu and not getattr(event, "is_user_annotation", False)
-    ]
-    return {name: runs[1:] for name, runs in phases(kernels, list(steps)).items()}
+
+    return {name: runs[1:] for name, runs in phases(record_kernels(run), list(steps)).items()}
