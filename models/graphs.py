@@ -182,8 +182,8 @@ def _aliases(module: nn.Module) -> Iterator[dict[int, Tensor]]:
     Whoever holds a parameter's node of the graph, as DeepSpeed does for its hooks, keeps it on the stream on which it
     was made, and a capture on another stream that comes to it is broken.
     """
-    owners = [(part, name, own) for part in module.modules() for name, own in part._parameters.items()]
-    given = [(part, name, own) for part, name, own in owners if own is not None]
+    parts = module.modules()
+    given = [(part, name, own) for part in parts for name, own in part._parameters.items() if own is not None]
     aliases = {own: nn.Parameter(own.detach(), own.requires_grad) for _, _, own in given}
     try:
         for part, name, own in given:

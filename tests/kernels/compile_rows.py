@@ -74,7 +74,8 @@ BARE = NO_EXTRAS + NO_OWN
 HERE = {"PEERS": False, "EXTRAS": False}
 THERE = {"PEERS": True, "EXTRAS": True}
 NORM = {"BN": 2, "BH": 1024}
-LONG = {"BN": 1, "BH": 4096, "STAGES": 2}
+STAGES = {"STAGES": norm.STAGES}
+LONG = {"BN": 1, "BH": 4096, **STAGES}
 SUM = {"KP": 8, **ROW}
 ROUTE = {"E": 64, "K": 8, "EP": 64, "KP": 8, "B": 32}
 MANY = {"E": 256, "K": 8, "EP": 256, "KP": 8, "B": 8}
@@ -165,7 +166,7 @@ VARIANTS = [
     Variant("gating, added", gating._forward_kernel, {"BH": 1024}, warps=2, wide=True),
     Variant("gating, backward", gating._backward_kernel, {"BH": 1024}, warps=2, wide=True),
     Variant("norm", norm._forward_kernel, NORM | {"EPS": 1e-5}, wide=True),
-    Variant("norm, backward", norm._backward_kernel, NORM | {"STAGES": 2}, wide=True),
+    Variant("norm, backward", norm._backward_kernel, NORM | STAGES, wide=True),
     Variant("norm, backward, long", norm._backward_kernel, LONG, ("beside",), warps=8, wide=True),
     Variant("route", routing._forward_kernel, ROUTE | PLAIN | {"NORMALISE": True}, UNPRUNED),
     Variant("route, many experts", routing._forward_kernel, MANY | PLAIN | {"NORMALISE": False}, UNPRUNED),

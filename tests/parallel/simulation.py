@@ -18,8 +18,8 @@ PICKS: dict[str, Callable[[list[int]], int]] = {
 class SimulatedQueues:
     """Streams that execute in order, in any order among each other; takes the place of the driver.
 
-    Each stream is (rank, direction). It also watches the slots: none may be written before it was read, nor read before
-    it was written.
+    A stream is a number. Slots named in `full` are watched: none may be written before it was read, nor read before it
+    was written.
     """
 
     streams: dict[int, deque[tuple[str, int, int, int]]] = field(default_factory=dict)
